@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# What a newcomer runs: builds Remuda, starts the quickstart and shows it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+scripts/need.sh go node python3
+echo "Building bin/remuda …"
+go build -o bin/remuda ./cmd/remuda
+file=examples/quickstart/remuda.yaml
+bin/remuda up -f "$file"
+echo
+bin/remuda list
+
+farewell() {
+	cat <<END
+
+The daemon and its programs go on running. From here:
+  bin/remuda list                what runs
+  bin/remuda logs                its output
+  bin/remuda down -f $file
+                                 stop and remove the quickstart
+  bin/remuda kill                stop everything, the daemon too
+END
+}
+
+port=${PORT:-8425}
+printf '\nTry: curl http://127.0.0.1:%s/\n' "$port"
+if [ -t 0 ] && [ -t 1 ]; then
+	echo "Following the logs; ctrl-C ends that and nothing else."
+	echo
+	trap : INT
+	bin/remuda logs || true
+	trap - INT
+else
+	bin/remuda logs --nostream --lines 3
+fi
+farewell
