@@ -22,7 +22,7 @@ func (c *Client) Launch(ctx context.Context, binary string) (bool, error) {
 	if _, err := c.Info(ctx); err == nil || !errors.Is(err, ErrUnreachable) || errors.Is(err, os.ErrPermission) {
 		return false, err
 	}
-	if err := makeHome(c.home); err != nil {
+	if err := MakeHome(c.home); err != nil {
 		return false, err
 	}
 	unlock, err := lock(ctx, filepath.Join(c.home, "launch.lock"))
@@ -36,8 +36,8 @@ func (c *Client) Launch(ctx context.Context, binary string) (bool, error) {
 	return true, c.launch(ctx, binary)
 }
 
-// makeHome creates the home folder, for its owner alone.
-func makeHome(home string) error {
+// MakeHome creates the home folder, for its owner alone.
+func MakeHome(home string) error {
 	if err := os.MkdirAll(filepath.Join(home, "logs"), 0o700); err != nil {
 		return fmt.Errorf("cannot make the daemon's folder: %w; set REMUDA_HOME to one you may write", err)
 	}

@@ -1,0 +1,561 @@
+// Package daemon is the controller: the composition root that brings
+// supervision, logs, probes, state and the API together.
+//
+// Invariant: the controller may be killed at any instant. What shall run is on
+// the disk before a caller is told that it will; how a run ended is on the
+// disk, or in the label of the run after it, before the keeper forgets it; so
+// the next controller loses nothing and starts nothing twice.
+//
+// It must never fork (the keeper does), nor serve anything but through package
+// api.
+package daemon
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"log/slog"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/remuda-dev/remuda/client"
+	"github.com/remuda-dev/remuda/internal/api"
+	"github.com/remuda-dev/remuda/internal/config"
+	"github.com/remuda-dev/remuda/internal/keeper"
+	"github.com/remuda-dev/remuda/internal/logs"
+	"github.com/remuda-dev/remuda/internal/monitor"
+	"github.com/remuda-dev/remuda/internal/nodeipc"
+	"github.com/remuda-dev/remuda/internal/probe"
+	"github.com/remuda-dev/remuda/proc"
+	"github.com/remuda-dev/remuda/supervise"
+)
+
+// Options of a controller and of its keeper.
+type Options struct {
+	Home    string // absolute
+	Binary  string // this program, absolute
+	Version string
+	Log     *slog.Logger
+}
+
+// Daemon is the controller. Its exported methods are what the API serves; they
+// are safe for concurrent use.
+type Daemon struct {
+	home, binary, version, user string
+	log                         *slog.Logger
+	started                     time.Time
+	inventory                   inventoryFacts
+	hardMemory                  bool // the kernel can limit a run's memory
+	notifyPath                  string
+
+	keeper   *keeper.Client
+	logs     *logs.Manager
+	hub      *nodeipc.Hub
+	bus      *bus
+	store    *store
+	sampler  *sampler
+	versions *packageVersions
+	timers   *timers
+	gone     <-chan struct{} // closed when the keeper is gone
+
+	// act serialises what changes the set of apps; supervision needs no lock.
+	act sync.Mutex
+
+	mu        sync.Mutex
+	apps      map[string]*app
+	order     []string // of apps, as they were added
+	instances map[int]*instance
+	nextID    int
+	groups    []config.Group
+	sups      map[string]*supervise.Supervisor // by group, "" is the root
+	warnings  []string
+
+	quit     chan struct{} // closed when the controller shall end and leave the rest as it is
+	quitOnce sync.Once
+}
+
+type inventoryFacts struct {
+	keeperPID int
+	started   time.Time
+	restarts  int
+	cgroup    string
+}
+
+type app struct {
+	spec      config.App
+	instances []*instance // by index
+}
+
+// Tag names a home folder in cgroups and environments.
+func Tag(home string) string {
+	h := fnv.New64a()
+	_, _ = h.Write([]byte(home))
+	return fmt.Sprintf("%016x", h.Sum64())
+}
+
+// RunKeeper is the keeper process of a home folder. It returns when the daemon
+// has ended.
+func RunKeeper(ctx context.Context, o Options) error {
+	if err := os.MkdirAll(filepath.Join(o.Home, "logs"), 0o700); err != nil {
+		return fmt.Errorf("cannot make the daemon's folder: %w", err)
+	}
+	unlock, err := lock(filepath.Join(o.Home, "keeper.lock"), 5*time.Second)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return keeper.Run(ctx, keeper.Options{
+		Controller: keeper.Command{Path: o.Binary, Args: []string{o.Binary, "controller", "--home", o.Home}},
+		Tag:        Tag(o.Home),
+	})
+}
+
+// lock takes a lock that only a live process can hold. It waits a while for a
+// holder that may be about to end.
+func lock(path string, wait time.Duration) (unlock func(), err error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("cannot open the lock: %w", err)
+	}
+	for end := time.Now().Add(wait); ; time.Sleep(5 * time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(end) {
+			f.Close()
+			return nil, fmt.Errorf("another daemon runs in %s (lock %s: %w)", filepath.Dir(path), filepath.Base(path), err)
+		}
+	}
+}
+
+// RunController is the controller process. It returns when it was told to end,
+// be it alone (upgrade) or with everything (kill).
+func RunController(ctx context.Context, o Options, keeperFD int) error {
+	// What was supervised must not outlive this process in the page tables
+	// only because the collector is lazy: the daemon is judged by its size.
+	debug.SetGCPercent(50)
+	unlock, err := lock(filepath.Join(o.Home, "controller.lock"), 5*time.Second)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	client, inventory, err := keeper.Connect(ctx, keeperFD)
+	if err != nil {
+		return fmt.Errorf("cannot reach the keeper: %w", err)
+	}
+	d, err := newDaemon(o, client, inventory)
+	if err != nil {
+		return err
+	}
+	return d.serve(ctx)
+}
+
+func newDaemon(o Options, k *keeper.Client, inv *keeper.Inventory) (*Daemon, error) {
+	st, warning, err := loadState(filepath.Join(o.Home, "state.json"))
+	if err != nil {
+		return nil, err
+	}
+	d := &Daemon{
+		home: o.Home, binary: o.Binary, version: o.Version, user: currentUser(), log: o.Log, started: time.Now(),
+		inventory: inventoryFacts{keeperPID: inv.Keeper.PID, started: inv.Started, restarts: inv.Restarts, cgroup: inv.Cgroup},
+		keeper:    k, gone: k.Done(), bus: newBus(), versions: &packageVersions{},
+		apps: map[string]*app{}, instances: map[int]*instance{}, nextID: st.NextID, sups: map[string]*supervise.Supervisor{},
+		quit: make(chan struct{}), notifyPath: "@remuda-" + Tag(o.Home),
+	}
+	d.hardMemory = inv.Memory != "" && !strings.HasPrefix(inv.Memory, "none")
+	for _, w := range []string{warning, inv.Notice} {
+		if w != "" {
+			d.warnings = append(d.warnings, w)
+			d.log.Warn(w)
+		}
+	}
+	if d.sampler, err = newSampler(); err != nil {
+		return nil, err
+	}
+	if d.hub, err = nodeipc.NewHub(); err != nil {
+		return nil, err
+	}
+	if d.logs, err = logs.New(logs.Options{OnTrouble: d.onTrouble}); err != nil {
+		return nil, err
+	}
+	d.store = newStore(filepath.Join(o.Home, "state.json"), d.snapshot)
+	d.timers = newTimers(d)
+	d.sups[""] = supervise.New(supervise.Options{OnChange: d.changed})
+	d.restore(st, inv)
+	d.logs.Settle()
+	return d, nil
+}
+
+// serve opens the API and waits for the end.
+func (d *Daemon) serve(ctx context.Context) error {
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGPIPE)
+	notifier, err := probe.Listen(probe.NotifyOptions{Path: d.notifyPath, OnMessage: d.notified})
+	if err != nil {
+		d.log.Warn("sd_notify readiness is not to be had", "error", err)
+	} else {
+		defer notifier.Close()
+	}
+	l, err := api.Listen(client.SocketPath(d.home))
+	if err != nil {
+		return err
+	}
+	srv := &http.Server{
+		Handler:           api.Handler(d, d.version),
+		ReadHeaderTimeout: 10 * time.Second,
+		MaxHeaderBytes:    64 << 10,
+		ErrorLog:          slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
+	}
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(l) }()
+	if err := d.keeper.Ready(ctx, fmt.Sprintf("%d instances", len(d.instances))); err != nil {
+		d.log.Warn("the keeper was not told that the controller is ready", "error", err)
+	}
+	d.event(nil, "daemon.started", os.Getpid(), fmt.Sprintf("controller %d of keeper %d", os.Getpid(), d.inventory.keeperPID))
+	d.log.Info("controller ready", "pid", os.Getpid(), "instances", len(d.instances), "took", time.Since(d.started).Round(time.Microsecond))
+	debug.FreeOSMemory() // what decoding and restoring left behind
+
+	for {
+		select {
+		case err := <-served:
+			return fmt.Errorf("the API cannot be served: %w", err)
+		case <-d.gone:
+			l.Close()
+			return d.afterKeeper()
+		case <-d.quit:
+			return d.leave(srv)
+		case s := <-signals:
+			if s == syscall.SIGTERM || s == syscall.SIGINT {
+				d.log.Info("asked to end", "signal", s.String())
+				go d.endAll(context.Background(), false)
+			}
+		}
+	}
+}
+
+// leave ends this controller and leaves every run to the next one.
+func (d *Daemon) leave(srv *http.Server) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	_ = srv.Shutdown(ctx) // lets the answer to the call that ended us go out
+	d.timers.stop()
+	for _, s := range d.supervisors() {
+		if _, err := s.Detach(ctx); err != nil {
+			d.log.Warn("letting go of the runs", "error", err)
+		}
+	}
+	_ = d.logs.Close(ctx)
+	return nil
+}
+
+// afterKeeper is what becomes of everything when the keeper was killed: no one
+// can wait for its children any more, so they are ended, and a new keeper
+// starts again what shall run. Nothing runs twice.
+func (d *Daemon) afterKeeper() error {
+	d.log.Error("the keeper is gone: its processes are ended and started anew")
+	d.timers.stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	if _, err := proc.Sweep(ctx, Tag(d.home)); err != nil {
+		return fmt.Errorf("the keeper is gone and its processes cannot be ended: %w", err)
+	}
+	if os.Getenv("NOTIFY_SOCKET") != "" || os.Getenv("INVOCATION_ID") != "" {
+		return errors.New("the keeper is gone; the service manager will start the daemon again")
+	}
+	args := []string{d.binary, "keeper", "--home", d.home}
+	return fmt.Errorf("cannot start a new keeper: %w", syscall.Exec(d.binary, args, os.Environ()))
+}
+
+// endAll stops everything and ends the keeper with it. With forget nothing is
+// started again by the next daemon.
+func (d *Daemon) endAll(ctx context.Context, forget bool) {
+	d.act.Lock() // for good
+	_ = d.keeper.Stopping(ctx)
+	d.timers.stop()
+	if forget {
+		d.mu.Lock()
+		for _, i := range d.instances {
+			i.mu.Lock()
+			i.want = false
+			i.mu.Unlock()
+		}
+		d.mu.Unlock()
+		if err := d.store.save(); err != nil {
+			d.log.Error("state", "error", err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for _, s := range d.supervisors() {
+		if err := s.Shutdown(ctx); err != nil {
+			d.log.Warn("stopping everything", "error", err)
+		}
+	}
+	d.mu.Lock()
+	if forget {
+		d.apps, d.instances, d.order = map[string]*app{}, map[int]*instance{}, nil
+	}
+	d.mu.Unlock()
+	if forget {
+		if err := d.store.save(); err != nil {
+			d.log.Error("state", "error", err)
+		}
+	}
+	if err := d.keeper.Shutdown(ctx, true); err != nil {
+		d.log.Warn("ending the keeper", "error", err)
+	}
+	d.quitOnce.Do(func() { close(d.quit) })
+}
+
+// supervisors lists the outermost first.
+func (d *Daemon) supervisors() []*supervise.Supervisor {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return []*supervise.Supervisor{d.sups[""]}
+}
+
+// restore brings back what shall run, joined with what does.
+func (d *Daemon) restore(st state, inv *keeper.Inventory) {
+	running := map[int][]adoptee{}
+	for _, a := range inv.Processes {
+		var l label
+		if err := json.Unmarshal(a.Label(), &l); err != nil {
+			d.log.Error("a run without a readable label is ended", "key", a.Key(), "error", err)
+			l.ID = -1
+		}
+		running[l.ID] = append(running[l.ID], adoptee{Adopted: a, label: l})
+	}
+	for _, s := range inv.Stored {
+		s.File.Close()
+	}
+	d.groups = st.Groups
+	d.makeGroups(st.Groups)
+	type pair struct {
+		i *instance
+		s instanceState
+	}
+	var all []pair
+	for _, as := range st.Apps {
+		a := &app{spec: as.Spec}
+		d.apps[as.Spec.Name] = a
+		d.order = append(d.order, as.Spec.Name)
+		d.versions.look(as.Spec)
+		for _, is := range as.Instances {
+			i := d.newInstance(a, is.ID, is.Index)
+			i.alone, i.created, i.want, i.lastErr = is.Alone, is.Created, is.Run, is.LastErr
+			d.nextID = max(d.nextID, is.ID+1)
+			all = append(all, pair{i, is})
+		}
+	}
+	for _, p := range all {
+		spec := p.i.child()
+		spec.DependsOn = d.dependencies(p.i.spec)
+		spec.Adopt = d.adopt(p.i, p.s, running[p.i.id])
+		delete(running, p.i.id)
+		if err := p.i.sup.Add(spec, p.i.want); err != nil {
+			d.warnings = append(d.warnings, err.Error())
+			d.log.Error("cannot supervise", "instance", p.i.name, "error", err)
+		}
+	}
+	for _, list := range running { // of instances that were deleted
+		for _, a := range list {
+			go endStranger(a)
+		}
+	}
+	for _, name := range d.order {
+		d.timers.set(d.apps[name])
+	}
+}
+
+type adoptee struct {
+	keeper.Adopted
+	label label
+}
+
+func (a adoptee) close() {
+	for _, f := range a.Files {
+		f.Close()
+	}
+}
+
+func endStranger(a adoptee) {
+	a.close()
+	ctx, cancel := context.WithTimeout(context.Background(), leftoverWait)
+	defer cancel()
+	_ = a.KillTree(ctx)
+	<-a.Done()
+	_ = a.Release()
+}
+
+// adopt makes what the supervisor must know of an instance that lived before
+// this controller: its latest run where the keeper has one, else how it had
+// ended.
+func (d *Daemon) adopt(i *instance, s instanceState, runs []adoptee) *supervise.Adoption {
+	slices.SortFunc(runs, func(a, b adoptee) int { return int(min(max(a.label.Began-b.label.Began, -1), 1)) })
+	ad := &supervise.Adoption{State: supervise.State(s.State), Reason: s.Reason, Restarts: s.Restarts}
+	if e := s.LastExit; e != nil {
+		ad.LastExit = &supervise.Exit{Code: e.Code, Signal: e.Signal, Cause: e.Cause, Err: e.Error, At: e.At, Failed: e.Code != 0 || e.Signal != ""}
+	}
+	if len(runs) == 0 {
+		return ad
+	}
+	for _, old := range runs[:len(runs)-1] {
+		go endStranger(old)
+	}
+	last := runs[len(runs)-1]
+	r := newRun(i, i.spec, last.Process)
+	r.attach(last.Files[keptOut], last.Files[keptErr], last.Files[keptIPC], true)
+	i.run = r
+	ad.Run, ad.Since = r, time.Unix(0, last.label.Began)
+	ad.Restarts, ad.Unstable = max(s.Restarts, last.label.Restarts), last.label.Unstable
+	for _, ms := range last.label.Recent {
+		ad.Recent = append(ad.Recent, time.UnixMilli(ms))
+	}
+	go r.follow()
+	return ad
+}
+
+func (d *Daemon) newInstance(a *app, id, index int) *instance {
+	i := &instance{d: d, id: id, app: a.spec.Name, index: index, created: time.Now(), name: fmt.Sprintf("%s:%d", a.spec.Name, index), spec: a.spec}
+	i.sup = d.sups[a.spec.Strategy]
+	if i.sup == nil {
+		i.sup = d.sups[""]
+	}
+	a.instances = append(a.instances, i)
+	d.instances[id] = i
+	return i
+}
+
+// changed is told every change of every child.
+func (d *Daemon) changed(st supervise.Status) {
+	d.mu.Lock()
+	var found *instance
+	if a := d.apps[st.Group]; a != nil {
+		for _, i := range a.instances {
+			if i.name == st.Name {
+				found = i
+			}
+		}
+	}
+	d.mu.Unlock()
+	if found != nil {
+		found.changed(st)
+	}
+}
+
+func (d *Daemon) onTrouble(t logs.Trouble) {
+	d.mu.Lock()
+	i := d.instances[t.Source.ID]
+	d.mu.Unlock()
+	if i != nil {
+		i.onTrouble(t)
+	}
+}
+
+// notified takes an sd_notify message of a program, by whoever of its run sent
+// it.
+func (d *Daemon) notified(m probe.Message) {
+	if m.Fields["READY"] != "1" {
+		return
+	}
+	d.mu.Lock()
+	var waiting []*run
+	for _, i := range d.instances {
+		i.mu.Lock()
+		if i.run != nil && i.run.notifyReady != nil {
+			waiting = append(waiting, i.run)
+		}
+		i.mu.Unlock()
+	}
+	d.mu.Unlock()
+	for _, r := range waiting {
+		if r.proc.ID().PID == m.PID {
+			tell(r.notifyReady)
+			return
+		}
+	}
+	for _, r := range waiting {
+		if pids, err := r.proc.Members(); err == nil && slices.Contains(pids, m.PID) {
+			tell(r.notifyReady)
+			return
+		}
+	}
+}
+
+// snapshot is the state as it is to be written.
+func (d *Daemon) snapshot() state {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	st := state{Version: stateVersion, NextID: d.nextID, Groups: d.groups}
+	for _, name := range d.order {
+		a := d.apps[name]
+		as := appState{Spec: a.spec}
+		for _, i := range a.instances {
+			as.Instances = append(as.Instances, i.record())
+		}
+		st.Apps = append(st.Apps, as)
+	}
+	return st
+}
+
+// sampler looks at what processes use, at most once in sampleEvery, so that
+// many lists cost one look.
+type sampler struct {
+	s *monitor.Sampler
+
+	mu   sync.Mutex
+	at   time.Time
+	last map[int]monitor.Usage
+}
+
+const sampleEvery = 200 * time.Millisecond
+
+func newSampler() (*sampler, error) {
+	s, err := monitor.NewSampler()
+	if err != nil {
+		return nil, err
+	}
+	return &sampler{s: s}, nil
+}
+
+func (s *sampler) usage(instances []*instance) map[int]monitor.Usage {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if time.Since(s.at) < sampleEvery {
+		return s.last
+	}
+	groups := make(map[int][]int, len(instances))
+	for _, i := range instances {
+		i.mu.Lock()
+		r := i.run
+		i.mu.Unlock()
+		if r == nil {
+			continue
+		}
+		select {
+		case <-r.proc.Done():
+			continue
+		default:
+		}
+		pids, err := r.proc.Members()
+		if err != nil || len(pids) == 0 {
+			pids = []int{r.proc.ID().PID}
+		}
+		groups[i.id] = pids
+	}
+	s.last, s.at = s.s.Sample(groups), time.Now()
+	return s.last
+}

@@ -1,0 +1,239 @@
+package daemon
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/remuda-dev/remuda/client"
+	"github.com/remuda-dev/remuda/internal/config"
+	"github.com/remuda-dev/remuda/internal/logs"
+	"github.com/remuda-dev/remuda/proc"
+	"github.com/remuda-dev/remuda/supervise"
+)
+
+// instance is one slot of an app: the child its supervisor runs again and
+// again. It implements [supervise.Child].
+type instance struct {
+	d       *Daemon
+	id      int
+	app     string
+	index   int
+	alone   bool
+	created time.Time
+	name    string // of the child: app:index
+	sup     *supervise.Supervisor
+
+	mu         sync.Mutex
+	spec       config.App
+	want       bool           // it shall run
+	run        *run           // the latest, nil before the first
+	ended      []proc.Process // runs whose end is not on record yet: the keeper holds them till then
+	lastErr    []string
+	logTrouble string
+	logLost    int64
+	signalOnce string // stop signal for the next stop only
+}
+
+// key is what the keeper knows the next run by, and the name of its cgroup.
+func (i *instance) key() string {
+	name := strings.Map(func(r rune) rune {
+		if r < 0x80 && (r == '.' || r == '-' || r == '_' || '0' <= r && r <= '9' || 'a' <= r && r <= 'z' || 'A' <= r && r <= 'Z') {
+			return r
+		}
+		return '_'
+	}, i.app)
+	return fmt.Sprintf("%d-%.60s", i.id, strings.TrimLeft(name, "."))
+}
+
+func (i *instance) trouble(text string) {
+	i.mu.Lock()
+	i.logTrouble = text
+	i.mu.Unlock()
+}
+
+// onTrouble takes what the logs report.
+func (i *instance) onTrouble(t logs.Trouble) {
+	i.mu.Lock()
+	before := i.logTrouble
+	i.logTrouble = ""
+	if t.Err != nil {
+		i.logTrouble = t.Err.Error()
+	}
+	i.logLost = max(i.logLost, t.Lost)
+	i.mu.Unlock()
+	switch {
+	case t.Err != nil && before == "":
+		i.d.event(i, "log.trouble", 0, fmt.Sprintf("%s: %v", t.Path, t.Err))
+	case t.Err == nil && before != "":
+		i.d.event(i, "log.recovered", 0, fmt.Sprintf("%s can be written again; %d bytes were lost", t.Path, t.Lost))
+	}
+}
+
+// child is the instance as its supervisor sees it.
+func (i *instance) child() supervise.Spec {
+	i.mu.Lock()
+	a := i.spec
+	i.mu.Unlock()
+	s := supervise.Spec{
+		Name: i.name, Group: i.app, Child: i,
+		StopCodes:   a.Restart.StopExitCodes,
+		MinUptime:   orNegative(a.Restart.MinUptime.Std()),
+		MaxRestarts: a.Restart.MaxRestarts,
+		Window:      a.Restart.Window.Std(),
+		Delay:       a.Restart.Delay.Std(),
+		Backoff:     supervise.Backoff{Initial: a.Restart.BackoffInitial.Std(), Max: a.Restart.BackoffMax.Std()},
+		Grace:       orNegative(a.Stop.Grace.Std()),
+	}
+	switch a.Restart.Policy {
+	case "on-failure":
+		s.Restart = supervise.OnFailure
+	case "never":
+		s.Restart = supervise.Never
+	}
+	return s
+}
+
+// orNegative keeps a zero that was asked for from meaning the default.
+func orNegative(d time.Duration) time.Duration {
+	if d == 0 {
+		return -1
+	}
+	return d
+}
+
+// status is the instance as the API shows it, less what it uses.
+func (i *instance) status() client.Instance {
+	st, _ := i.sup.Status(i.name)
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	a := &i.spec
+	out := client.Instance{
+		ID: i.id, App: i.app, Namespace: a.Namespace, Index: i.index,
+		State: client.State(st.State), Since: st.Since, Created: i.created,
+		Restarts: st.Restarts, Unstable: st.Unstable,
+		LastExit: exitOf(st.LastExit), Reason: st.Reason,
+		LogTrouble: i.logTrouble, LogLost: i.logLost,
+		User: a.User, Watching: a.Watch != nil, ExecMode: a.ExecMode,
+		Version: i.d.versions.of(a),
+	}
+	if !st.NextStart.IsZero() {
+		out.NextStart = &st.NextStart
+	}
+	if st.State == "" {
+		out.State = client.Stopped
+	}
+	if out.User == "" {
+		out.User = i.d.user
+	}
+	if st.State == supervise.StateErrored || st.State == supervise.StateBackoff || st.LastExit != nil && st.LastExit.Failed {
+		out.LastErr = i.lastErr
+	}
+	if r, ok := st.Run.(*run); ok && r != nil {
+		out.PID = r.proc.ID().PID
+	}
+	out.OutPath, out.ErrPath = i.logPaths(*a)
+	return out
+}
+
+// record is what must be remembered of the instance.
+func (i *instance) record() instanceState {
+	st, _ := i.sup.Status(i.name)
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	s := instanceState{ID: i.id, Index: i.index, Run: i.want, Alone: i.alone, Created: i.created, Restarts: st.Restarts}
+	if st.Run == nil && (st.State == supervise.StateErrored || st.State == supervise.StateStopped) {
+		s.State, s.LastExit, s.Reason, s.LastErr = client.State(st.State), exitOf(st.LastExit), st.Reason, i.lastErr
+	}
+	return s
+}
+
+// changed is told every change of the instance's state.
+func (i *instance) changed(st supervise.Status) {
+	if st.Removed {
+		return
+	}
+	text := string(st.State)
+	if st.Reason != "" {
+		text += ": " + st.Reason
+	}
+	pid := 0
+	if r, ok := st.Run.(*run); ok && r != nil {
+		pid = r.proc.ID().PID
+	}
+	i.d.event(i, "app."+string(st.State), pid, text)
+	if st.Run != nil || st.State != supervise.StateErrored && st.State != supervise.StateStopped {
+		return
+	}
+	// It ended for good: that goes on record, then the keeper may forget it.
+	i.mu.Lock()
+	ended := i.ended
+	i.ended = nil
+	i.mu.Unlock()
+	if len(ended) == 0 && st.State != supervise.StateErrored {
+		return
+	}
+	saved := i.d.store.touch()
+	go func() {
+		<-saved
+		if i.d.store.failed() != nil { // the keeper goes on remembering it
+			i.mu.Lock()
+			i.ended = append(ended, i.ended...)
+			i.mu.Unlock()
+			return
+		}
+		release(ended)
+	}()
+}
+
+func (d *Daemon) event(i *instance, typ string, pid int, text string) {
+	e := client.Event{Type: typ, ID: -1, PID: pid, Text: text}
+	if i != nil {
+		e.App, e.ID = i.app, i.id
+	}
+	d.bus.publish(e)
+}
+
+// packageVersions remembers the version in the package.json beside a script.
+// It is safe for concurrent use.
+type packageVersions struct {
+	mu sync.Mutex
+	m  map[string]string
+}
+
+func (v *packageVersions) of(a *config.App) string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.m[a.Name]
+}
+
+func (v *packageVersions) look(a config.App) {
+	version := packageVersion(a.Cwd, a.Script)
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.m == nil {
+		v.m = map[string]string{}
+	}
+	if version == "" {
+		delete(v.m, a.Name)
+		return
+	}
+	v.m[a.Name] = version
+}
+
+func idOf(target string) (int, bool) {
+	n, err := strconv.Atoi(target)
+	return n, err == nil && n >= 0
+}
+
+func currentUser() string {
+	for _, name := range []string{"USER", "LOGNAME"} {
+		if u := os.Getenv(name); u != "" {
+			return u
+		}
+	}
+	return strconv.Itoa(os.Geteuid())
+}

@@ -1,0 +1,489 @@
+package daemon
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/remuda-dev/remuda/client"
+	"github.com/remuda-dev/remuda/internal/config"
+	"github.com/remuda-dev/remuda/internal/logs"
+	"github.com/remuda-dev/remuda/internal/nodeipc"
+	"github.com/remuda-dev/remuda/internal/probe"
+	"github.com/remuda-dev/remuda/proc"
+	"github.com/remuda-dev/remuda/supervise"
+)
+
+// Names under which the keeper keeps a run's descriptors.
+const (
+	keptOut = "out"
+	keptErr = "err"
+	keptIPC = "ipc"
+)
+
+const (
+	// tailLines of stderr are kept of a run that failed.
+	tailLines = 10
+	// finishWait is how long the end of a run waits for a log that cannot be
+	// written.
+	finishWait = 2 * time.Second
+	// leftoverWait is how long what a leader left behind is killed for.
+	leftoverWait = 10 * time.Second
+	// emptyPoll is how often a stopping run whose leader has ended is looked
+	// at; only then is anything polled.
+	emptyPoll = 10 * time.Millisecond
+)
+
+// label travels with a run in the keeper, for a controller that comes after.
+type label struct {
+	ID       int     `json:"id"`
+	App      string  `json:"app"`
+	Began    int64   `json:"began"` // Unix nanoseconds; of two runs of an instance the later counts
+	Restarts int     `json:"restarts,omitempty"`
+	Unstable int     `json:"unstable,omitempty"`
+	Recent   []int64 `json:"recent,omitempty"` // Unix milliseconds
+}
+
+// run is one life of an instance's process. It implements [supervise.Run].
+type run struct {
+	inst     *instance
+	spec     config.App // as it was at the start
+	proc     proc.Process
+	out, err *logs.Capture
+	ipc      *nodeipc.Channel // nil where the program is not Node
+
+	ready  chan struct{}
+	done   chan struct{}
+	killed chan struct{} // closed when what is left must go at once
+
+	mu          sync.Mutex
+	cause       string // why it was ended, "" while nobody asked for that
+	probeFailed bool   // it did not become ready in time
+	exit        supervise.Exit
+
+	ipcReady, notifyReady chan struct{} // nil unless the probe waits for them
+}
+
+// newRun makes a run of what lives in the keeper already.
+func newRun(i *instance, spec config.App, p proc.Process) *run {
+	r := &run{inst: i, spec: spec, proc: p, ready: make(chan struct{}), done: make(chan struct{}), killed: make(chan struct{})}
+	switch spec.Ready.Type {
+	case "ipc":
+		r.ipcReady = make(chan struct{}, 1)
+	case "notify":
+		r.notifyReady = make(chan struct{}, 1)
+	}
+	return r
+}
+
+// Start implements [supervise.Child].
+func (i *instance) Start(ctx context.Context, a supervise.Attempt) (supervise.Run, error) {
+	i.mu.Lock()
+	spec := i.spec
+	i.mu.Unlock()
+	r, err := i.spawn(ctx, spec, a)
+	if err != nil {
+		i.d.event(i, "app.start-failed", 0, err.Error())
+		return nil, err
+	}
+	i.mu.Lock()
+	ended := i.ended
+	i.ended = nil
+	i.run = r
+	i.mu.Unlock()
+	// Only now is the end of the runs before on record: in this one's label.
+	release(ended)
+	go r.follow()
+	return r, nil
+}
+
+func release(ended []proc.Process) {
+	for _, p := range ended {
+		_ = p.Release()
+	}
+}
+
+func (i *instance) spawn(ctx context.Context, spec config.App, a supervise.Attempt) (_ *run, err error) {
+	ps := proc.Spec{Key: i.key(), Args: spec.Command, Dir: spec.Cwd}
+	if ps.Credential, err = credential(spec); err != nil {
+		return nil, err
+	}
+	if ps.Umask, err = umask(spec.Umask); err != nil {
+		return nil, err
+	}
+	env := i.environment(spec, ps.Credential)
+	if ps.Path, err = lookPath(spec.Command[0], env, spec.Cwd); err != nil {
+		return nil, err
+	}
+	if spec.Restart.MaxMemory > 0 && i.d.hardMemory {
+		// The limit itself is looked at every second; the kernel stops what
+		// grows faster than that.
+		ps.MemoryMax = spec.Restart.MaxMemory + spec.Restart.MaxMemory/4
+	}
+
+	var mine, theirs []*os.File // ends of this process and of the child
+	defer func() {
+		closeAll(theirs)
+		if err != nil {
+			closeAll(mine)
+		}
+	}()
+	pipe := func(name string) (*os.File, *os.File, error) {
+		var p [2]int
+		if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
+			return nil, nil, fmt.Errorf("cannot make a pipe for the output: %w", err)
+		}
+		r, w := os.NewFile(uintptr(p[0]), name), os.NewFile(uintptr(p[1]), name)
+		mine, theirs = append(mine, r), append(theirs, w)
+		return r, w, nil
+	}
+	outR, outW, err := pipe(keptOut)
+	if err != nil {
+		return nil, err
+	}
+	errR, errW, err := pipe(keptErr)
+	if err != nil {
+		return nil, err
+	}
+	ps.Files = []*os.File{nil, outW, errW}
+	ps.Keep = map[string]*os.File{keptOut: outR, keptErr: errR}
+	var channel *os.File
+	if wantsIPC(spec) {
+		parent, child, err := nodeipc.Pair()
+		if err != nil {
+			return nil, err
+		}
+		mine, theirs = append(mine, parent), append(theirs, child)
+		channel = parent
+		ps.Files = append(ps.Files, child)
+		ps.Keep[keptIPC] = parent
+		env = append(env, nodeipc.Env(len(ps.Files)-1)...)
+	}
+	ps.Env = env
+	if ps.Label, err = i.label(a); err != nil {
+		return nil, err
+	}
+	p, err := i.d.keeper.Spawn(ctx, ps)
+	if err != nil {
+		return nil, err
+	}
+	r := newRun(i, spec, p)
+	r.attach(outR, errR, channel, false)
+	mine = nil
+	return r, nil
+}
+
+// attach takes the descriptors of the run over.
+func (r *run) attach(out, err, channel *os.File, adopted bool) {
+	outTo, errTo := r.inst.targets(r.spec)
+	r.out = r.capture(logs.Out, out, outTo, adopted)
+	r.err = r.capture(logs.Err, err, errTo, adopted)
+	if channel == nil {
+		return
+	}
+	ch, oerr := r.inst.d.hub.Open(channel, nodeipc.Handlers{OnMessage: r.message, OnClose: r.ipcClosed, Resumed: adopted})
+	if oerr != nil {
+		channel.Close()
+		r.inst.d.event(r.inst, "app.ipc", 0, oerr.Error())
+		return
+	}
+	r.ipc = ch
+}
+
+// capture never fails: output that cannot be kept as asked is discarded, and
+// that is told, for a program must not block on its own words.
+func (r *run) capture(stream string, pipe *os.File, t logs.Target, adopted bool) *logs.Capture {
+	if pipe == nil {
+		return nil
+	}
+	src := logs.Source{App: r.inst.app, ID: r.inst.id, Stream: stream}
+	c, err := r.inst.d.logs.Attach(src, pipe, t, adopted)
+	if err == nil {
+		return c
+	}
+	r.inst.trouble(err.Error())
+	r.inst.d.event(r.inst, "log.trouble", 0, fmt.Sprintf("std%s is discarded: %v", stream, err))
+	t.Path = ""
+	c, err = r.inst.d.logs.Attach(src, pipe, t, adopted)
+	if err != nil {
+		pipe.Close()
+		return nil
+	}
+	return c
+}
+
+func (r *run) message(m json.RawMessage) {
+	if string(m) == `"ready"` {
+		tell(r.ipcReady)
+	}
+}
+
+func (r *run) ipcClosed(err error) {
+	if err != nil {
+		r.inst.d.event(r.inst, "app.ipc", r.proc.ID().PID, err.Error())
+	}
+}
+
+func tell(ch chan struct{}) {
+	if ch == nil {
+		return
+	}
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
+}
+
+// follow goes with the run from its start to the end of the last process of
+// it.
+func (r *run) follow() {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	if r.spec.Ready.Type == "none" || r.spec.Ready.Type == "" {
+		close(r.ready)
+	} else {
+		go r.probe(ctx)
+	}
+	<-r.proc.Done()
+	cancel()
+	r.clear()
+	r.finish()
+	close(r.done)
+}
+
+// probe waits until the program is ready, and has the run counted as failed
+// where it does not become so in time.
+func (r *run) probe(ctx context.Context) {
+	env := probe.Env{Dir: r.spec.Cwd, IPCReady: r.ipcReady, NotifyReady: r.notifyReady, Lines: r.lines}
+	if c, err := credential(r.spec); err == nil && c != nil {
+		env.Credential = &syscall.Credential{Uid: c.UID, Gid: c.GID, Groups: c.Groups}
+	}
+	if r.spec.Ready.Type == "exec" {
+		env.Environ = r.inst.environment(r.spec, nil)
+	}
+	err := probe.Wait(ctx, r.spec.Ready, env)
+	if ctx.Err() != nil {
+		return
+	}
+	var late *probe.NotReadyError
+	if err != nil && !(errors.As(err, &late) && r.spec.Ready.OnTimeout == "online") {
+		r.mu.Lock()
+		r.probeFailed = true
+		r.mu.Unlock()
+		_ = r.inst.sup.Fail(err.Error(), r.inst.name)
+		return
+	}
+	close(r.ready)
+}
+
+func (r *run) lines(f func(string)) (cancel func()) {
+	var cancels []func()
+	for _, c := range []*logs.Capture{r.out, r.err} {
+		if c != nil {
+			cancels = append(cancels, c.Lines(f))
+		}
+	}
+	return func() {
+		for _, c := range cancels {
+			c()
+		}
+	}
+}
+
+// clear sees to it that nothing of the run is left when its leader has ended:
+// at once after an end by itself, with the rest of the grace period after a
+// requested stop.
+func (r *run) clear() {
+	r.mu.Lock()
+	asked := r.cause != ""
+	r.mu.Unlock()
+	for asked {
+		left, err := r.proc.Members()
+		if err != nil || len(left) == 0 {
+			break
+		}
+		select {
+		case <-r.killed:
+			asked = false
+		case <-r.inst.d.gone:
+			return
+		case <-time.After(emptyPoll):
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), leftoverWait)
+	defer cancel()
+	if err := r.proc.KillTree(ctx); err != nil {
+		r.inst.d.event(r.inst, "app.leftover", r.proc.ID().PID, "processes of the run that ended cannot be killed: "+err.Error())
+	}
+}
+
+func (r *run) finish() {
+	ctx, cancel := context.WithTimeout(context.Background(), finishWait)
+	defer cancel()
+	for _, c := range []*logs.Capture{r.out, r.err} {
+		if c != nil {
+			_ = c.Finish(ctx) // told by OnTrouble
+		}
+	}
+	if r.ipc != nil {
+		_ = r.ipc.Close()
+	}
+	e := r.proc.Exit()
+	r.mu.Lock()
+	r.exit = supervise.Exit{Code: e.Code, Cause: r.cause, At: e.At}
+	if e.Signal != 0 {
+		r.exit.Signal = unix.SignalName(e.Signal)
+	}
+	if e.OOM {
+		r.exit.Cause, r.exit.Failed = "oom", true
+	}
+	failed := !e.Ok() && r.cause == "" || r.exit.Failed || r.probeFailed
+	r.mu.Unlock()
+
+	var tail []string
+	if failed && r.err != nil {
+		tail = r.err.Tail(tailLines)
+	}
+	i := r.inst
+	i.mu.Lock()
+	i.lastErr = tail
+	i.ended = append(i.ended, r.proc)
+	i.mu.Unlock()
+	text := e.String()
+	if r.exit.Cause != "" {
+		text += " (" + r.exit.Cause + ")"
+	}
+	i.d.event(i, "app.exit", r.proc.ID().PID, text)
+}
+
+// Ready implements [supervise.Run].
+func (r *run) Ready() <-chan struct{} { return r.ready }
+
+// Done implements [supervise.Run].
+func (r *run) Done() <-chan struct{} { return r.done }
+
+// Exit implements [supervise.Run].
+func (r *run) Exit() supervise.Exit {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.exit
+}
+
+// Stop implements [supervise.Run].
+func (r *run) Stop(cause string) {
+	r.mu.Lock()
+	if r.cause == "" {
+		r.cause = cause
+	}
+	r.mu.Unlock()
+	go func() {
+		if r.spec.Stop.Message && r.ipc != nil && r.ipc.Send("shutdown") == nil {
+			return
+		}
+		_ = r.proc.SignalTree(r.inst.stopSignal(r.spec))
+	}()
+}
+
+// Kill implements [supervise.Run].
+func (r *run) Kill(cause string) {
+	r.mu.Lock()
+	if r.cause == "" {
+		r.cause = cause
+	}
+	select {
+	case <-r.killed:
+		r.mu.Unlock()
+		return
+	default:
+		close(r.killed)
+	}
+	r.mu.Unlock()
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), leftoverWait)
+		defer cancel()
+		_ = r.proc.KillTree(ctx)
+	}()
+}
+
+func (i *instance) label(a supervise.Attempt) ([]byte, error) {
+	l := label{ID: i.id, App: i.app, Began: time.Now().UnixNano(), Restarts: a.Restarts}
+	if st, ok := i.sup.Status(i.name); ok {
+		l.Unstable = st.Unstable
+		for _, t := range st.Recent {
+			l.Recent = append(l.Recent, t.UnixMilli())
+		}
+	}
+	return json.Marshal(l)
+}
+
+// wantsIPC says whether the program is Node, for which PM2 users expect
+// process.send to be there, or is told by message when to stop.
+func wantsIPC(spec config.App) bool {
+	if spec.Ready.Type == "ipc" || spec.Stop.Message {
+		return true
+	}
+	switch filepath.Base(spec.Interpreter) {
+	case "node", "nodejs":
+		return true
+	}
+	return false
+}
+
+// targets says where the output of a run goes.
+func (i *instance) targets(spec config.App) (out, err logs.Target) {
+	base := logs.Target{TimeFormat: spec.Logs.TimeFormat, JSON: spec.Logs.JSON, MaxSize: spec.Logs.MaxSize, MaxAge: spec.Logs.MaxAge.Std(), Keep: spec.Logs.Keep, Compress: spec.Logs.Compress}
+	base.Shared = spec.Logs.Merge && spec.Instances > 1 || spec.Logs.Combine
+	out, err = base, base
+	out.Path, err.Path = i.logPaths(spec)
+	return out, err
+}
+
+// logPaths are the files of an instance, with PM2's names where the user gave
+// none.
+func (i *instance) logPaths(spec config.App) (out, err string) {
+	out, err = spec.Logs.Out, spec.Logs.Err
+	dir := filepath.Join(i.d.home, "logs")
+	if out == "" {
+		out = filepath.Join(dir, spec.Name+"-out.log")
+	}
+	if spec.Logs.Combine {
+		err = out
+	}
+	if err == "" {
+		err = filepath.Join(dir, spec.Name+"-error.log")
+	}
+	if i.alone || spec.Logs.Merge {
+		return out, err
+	}
+	return numbered(out, i.id), numbered(err, i.id)
+}
+
+func numbered(path string, id int) string {
+	if path == "none" || path == "/dev/null" {
+		return path
+	}
+	ext := filepath.Ext(path)
+	return fmt.Sprintf("%s-%d%s", strings.TrimSuffix(path, ext), id, ext)
+}
+
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		f.Close()
+	}
+}
+
+func exitOf(e *supervise.Exit) *client.Exit {
+	if e == nil {
+		return nil
+	}
+	return &client.Exit{Code: e.Code, Signal: e.Signal, At: e.At, Cause: e.Cause, Error: e.Err}
+}
