@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"strconv"
 
 	"github.com/spf13/cobra"
@@ -49,7 +50,7 @@ func controllerCommand() *cobra.Command {
 }
 
 func options(cmd *cobra.Command) (daemon.Options, error) {
-	home, err := cli.Home(cmd)
+	home, err := homeOf(cmd)
 	if err != nil {
 		return daemon.Options{}, err
 	}
@@ -58,6 +59,14 @@ func options(cmd *cobra.Command) (daemon.Options, error) {
 		return daemon.Options{}, fmt.Errorf("cannot tell where this program is: %w", err)
 	}
 	return daemon.Options{Home: home, Binary: binary, Version: version, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))}, nil
+}
+
+// homeOf is the folder that --home names, else the usual one.
+func homeOf(cmd *cobra.Command) (string, error) {
+	if f := cmd.Flag("home"); f != nil && f.Value.String() != "" {
+		return filepath.Abs(f.Value.String())
+	}
+	return client.Home()
 }
 
 func runKeeper(cmd *cobra.Command, _ []string) error {

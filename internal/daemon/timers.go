@@ -102,9 +102,13 @@ func (t *timers) stop() {
 }
 
 func (t *timers) schedule(tr *triggers) {
-	next, err := config.NextCron(tr.spec.Restart.Cron, time.Now())
-	if err != nil || next.IsZero() {
+	sched, err := config.ParseCron(tr.spec.Restart.Cron)
+	if err != nil {
 		t.d.log.Error("cron restart", "app", tr.spec.Name, "error", err)
+		return
+	}
+	next := sched.Next(time.Now())
+	if next.IsZero() { // never again
 		return
 	}
 	tr.cron = time.AfterFunc(time.Until(next), func() {
