@@ -59,14 +59,20 @@ type Sampler struct {
 
 // seen is what is kept of a process from look to look.
 type seen struct {
-	start uint64 // ticks since boot
-	ticks uint64
-	at    time.Duration // since boot
+	start uint64        // ticks since boot
+	used  time.Duration // CPU time by then
+	at    time.Duration // when, since boot
+	read  time.Duration // when stat was read
+	rss   int64         // bytes
 	cpu   float32
 	gen   uint32
 }
 
 type pair struct{ pid, ppid int32 }
+
+// maxStale is how long a process that does not run is taken to keep its memory:
+// the kernel may reclaim some.
+const maxStale = 30 * time.Second
 
 // NewSampler opens /proc. The caller must Close the sampler.
 func NewSampler() (*Sampler, error) {
@@ -109,13 +115,15 @@ func (s *Sampler) Sample(groups map[int][]int) map[int]Usage {
 	for id, pids := range groups {
 		var u Usage
 		for _, pid := range pids {
-			st, ok := s.stat(pid)
-			if !ok || st.state == 'Z' || st.state == 'X' {
+			p, ok := s.look(int32(pid), now)
+			if !ok {
 				continue
 			}
+			p.gen = s.gen
+			s.seen[int32(pid)] = p
 			u.Procs++
-			u.RSS += st.rss * s.page
-			u.CPU += s.charge(int32(pid), st, now)
+			u.RSS += p.rss
+			u.CPU += float64(p.cpu)
 		}
 		out[id] = u
 	}
@@ -127,28 +135,46 @@ func (s *Sampler) Sample(groups map[int][]int) map[int]Usage {
 	return out
 }
 
-// charge returns the CPU percentage of one process and keeps what the next
-// look needs.
-func (s *Sampler) charge(pid int32, st stat, now time.Duration) float64 {
-	p, ok := s.seen[pid]
-	if !ok || p.start != st.start {
-		p = seen{start: st.start, at: time.Duration(st.start) * tick}
+// look looks at one process; false where there is none.
+func (s *Sampler) look(pid int32, now time.Duration) (seen, bool) {
+	if s.proc < 0 || pid <= 0 {
+		return seen{}, false
+	}
+	p, known := s.seen[pid]
+	used, clock := cpuTime(int(pid))
+	if clock && known && used == p.used && now-p.read < maxStale {
+		// It has not run for a nanosecond, so it is the same process, still
+		// there, with the memory it had: no need to open a file. This is what
+		// makes idle programs next to free.
+		return charge(p, p.start, used, now), true
+	}
+	st, ok := s.stat(int(pid))
+	if !ok || st.state == 'Z' || st.state == 'X' {
+		return seen{}, false
+	}
+	if !clock { // some sandboxes have no such clock
+		used = time.Duration(st.ticks) * tick
+	}
+	p = charge(p, st.start, used, now)
+	p.rss, p.read = st.rss*s.page, now
+	return p, true
+}
+
+// charge works out the CPU share of a process since p, the look before, which
+// is that of another process (or none) where the start differs.
+func charge(p seen, start uint64, used, now time.Duration) seen {
+	if p.start != start || p.at == 0 {
+		p = seen{start: start, at: time.Duration(start) * tick}
 	} else if now-p.at < minSpan {
-		p.gen = s.gen
-		s.seen[pid] = p
-		return float64(p.cpu)
+		return p
 	}
 	// A start is only known to the tick; a process younger than that must not
 	// show an absurd share.
 	span := max(now-p.at, tick)
-	used := time.Duration(0)
-	if st.ticks > p.ticks { // the kernel's adjusted times can step back a tick
-		used = time.Duration(st.ticks-p.ticks) * tick
-	}
-	p.cpu = float32(100 * used.Seconds() / span.Seconds())
-	p.ticks, p.at, p.gen = st.ticks, now, s.gen
-	s.seen[pid] = p
-	return float64(p.cpu)
+	// Times in ticks are adjusted by the kernel and can step back.
+	p.cpu = float32(100 * max(0, used-p.used).Seconds() / span.Seconds())
+	p.used, p.at = used, now
+	return p
 }
 
 // Descendants returns, from one scan of /proc, the process tree of each pid

@@ -126,27 +126,25 @@ func cpuOf(t *testing.T, pid int) time.Duration {
 }
 
 func TestFirstLookIsAverageSinceStart(t *testing.T) {
-	s := newSampler(t)
-	now := 1000 * time.Second
-	// 2 s of CPU in 10 s
-	if got := s.charge(1, stat{start: 99_000, ticks: 200}, now); math.Abs(got-20) > 0.01 {
-		t.Errorf("first look: %.2f, want 20", got)
-	}
-	// 0.5 s in the next 1 s
-	if got := s.charge(1, stat{start: 99_000, ticks: 250}, now+time.Second); math.Abs(got-50) > 0.01 {
-		t.Errorf("second look: %.2f, want 50", got)
-	}
-	// a step back of the kernel's adjusted times
-	if got := s.charge(1, stat{start: 99_000, ticks: 249}, now+2*time.Second); got != 0 {
-		t.Errorf("step back: %.2f, want 0", got)
-	}
-	// the pid of another process, started 1 s ago, 0.1 s used
-	if got := s.charge(1, stat{start: 100_200, ticks: 10}, now+3*time.Second); math.Abs(got-10) > 0.01 {
-		t.Errorf("pid used again: %.2f, want 10", got)
-	}
-	// younger than a tick
-	if got := s.charge(2, stat{start: 100_300, ticks: 1}, now+3*time.Second); got > 100 {
-		t.Errorf("just started: %.2f", got)
+	var p seen
+	for _, c := range []struct {
+		name        string
+		start       uint64
+		used, after time.Duration
+		want        float64
+	}{
+		{"first look: 2 s in 10 s", 99_000, 2 * time.Second, 0, 20},
+		{"0.5 s in the next 1 s", 99_000, 2500 * time.Millisecond, time.Second, 50},
+		{"a look that follows at once", 99_000, 2600 * time.Millisecond, time.Second + 50*time.Millisecond, 50},
+		{"0.5 s more, the look between not lost", 99_000, 3000 * time.Millisecond, 2 * time.Second, 50},
+		{"a step back", 99_000, 2990 * time.Millisecond, 3 * time.Second, 0},
+		{"the pid of another, 0.2 s in 2 s", 100_200, 200 * time.Millisecond, 4 * time.Second, 10},
+		{"another again, younger than a tick", 100_500, 5 * time.Millisecond, 5 * time.Second, 50},
+	} {
+		p = charge(p, c.start, c.used, 1000*time.Second+c.after)
+		if math.Abs(float64(p.cpu)-c.want) > 0.01 {
+			t.Errorf("%s: %.2f, want %.2f", c.name, p.cpu, c.want)
+		}
 	}
 }
 
