@@ -65,7 +65,7 @@ func (c *cli) saveCommand() *cobra.Command {
 		Aliases: []string{"dump"},
 		GroupID: groupDaemon,
 		Short:   "Write the apps down for resurrect",
-		Long:    "Write the apps of the list to the dump file, which resurrect (and the service that\nstartup makes) reads.",
+		Long:    "Write the apps of the list to the dump file, which resurrect reads. The daemon\nremembers by itself what shall run: this is for a state to go back to.",
 		Example: `  remuda save`,
 		Args:    takes(0, 0),
 	}

@@ -70,7 +70,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 no such target, 4 no daemon, 124 timed 
 	f.BoolVar(&c.json, "json", false, "print JSON for programs")
 	f.BoolVar(&c.noColor, "no-color", false, "print without colours (also NO_COLOR)")
 	f.StringVar(&c.home, "home", "", "the daemon's `folder` (default $REMUDA_HOME, else ~/.remuda)")
-	f.DurationVar(&c.timeout, "timeout", 0, "give up after so `long`, for example 30s (default never)")
+	f.DurationVar(&c.timeout, "timeout", 0, "give up after this `duration`, for example 30s (default: never)")
 	f.BoolVarP(&c.silent, "silent", "s", false, "print no table and no lines of success")
 	f.BoolP("mini-list", "m", false, "taken for PM2's sake")
 	_ = f.MarkHidden("mini-list")
@@ -85,6 +85,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 no such target, 4 no daemon, 124 timed 
 		c.pingCommand(), c.killCommand(), c.saveCommand(), c.resurrectCommand(),
 		c.upgradeCommand(),
 
+		c.startupCommand(), c.unstartupCommand(), c.doctorCommand(),
 		c.completionCommand(), c.versionCommand(),
 	)
 	for _, x := range c.Extra {
