@@ -869,12 +869,13 @@ func (s *Supervisor) newRound(failed *child, why string) {
 	rest := map[*child]bool{}
 	if s.opt.Strategy == RestForOne {
 		for _, x := range s.order {
-			after := x.seq > failed.seq
-			if !after {
-				s.reach(x, func(d *child) { after = after || d == failed })
+			if x.seq > failed.seq {
+				rest[x] = true
+			} else {
+				s.reach(x, func(d *child) { rest[x] = rest[x] || d == failed })
 			}
-			rest[x] = after
 		}
+		s.reach(failed, func(d *child) { delete(rest, d) }) // those came before it all the same
 	}
 	r := &round{failed: failed, delayed: true, pending: map[*child]struct{}{}}
 	var live, members []*child
