@@ -1,33 +1,174 @@
 package proc
 
-import "context"
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"sync"
+	"syscall"
 
-// Direct is a [Spawner] whose processes are children of the calling process
-// and are usually ended with it. The zero value is ready to use.
+	"golang.org/x/sys/unix"
+)
+
+// Direct is a [Spawner] whose processes are children of the calling process.
+// The zero value is ready to use; it must not be copied after first use. It
+// waits for its own children only and can stand beside os/exec.
+//
+// Where no cgroup is to be had and the calling process is not child subreaper
+// (prctl PR_SET_CHILD_SUBREAPER), tracing a run means reading all of /proc.
 type Direct struct {
-	// Tag is the instance tag in [RunVar] and the cgroup's name; see
+	// Tag is the instance tag in [RunVar] and in the cgroup's name: see
 	// [ValidTag]. Default "direct<pid>".
 	Tag string
+
+	once     sync.Once
+	launcher *Launcher
+	err      error
 }
 
 var _ Spawner = (*Direct)(nil)
 
-// Spawn implements [Spawner].
-func (d *Direct) Spawn(ctx context.Context, spec Spec) (Process, error) {
-	return nil, context.Canceled
+func (d *Direct) init() (*Launcher, error) {
+	d.once.Do(func() {
+		tag := d.Tag
+		if tag == "" {
+			tag = "direct" + strconv.Itoa(os.Getpid())
+		}
+		d.launcher, d.err = NewLauncher(LauncherOptions{Tag: tag})
+	})
+	return d.launcher, d.err
 }
 
-// Launcher is the mechanism under both spawners.
-type Launcher struct{}
+// Spawn implements [Spawner].
+func (d *Direct) Spawn(ctx context.Context, spec Spec) (Process, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if len(spec.Keep) > 0 {
+		return nil, &SpawnError{Op: OpSpec, Err: errors.New("descriptors can be kept by the keeper only")}
+	}
+	l, err := d.init()
+	if err != nil {
+		return nil, err
+	}
+	fds := make([]int, len(spec.Files))
+	p := &directProcess{done: make(chan struct{})}
+	err = WithFDs(spec.Files, fds, func() error {
+		var err error
+		p.tree, err = l.Launch(&spec, fds)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	go p.wait()
+	return p, nil
+}
 
-// Describe says in a sentence each how runs are tracked and where memory limits come from:
-// "cgroup v2 at …", "none: …".
-func (l *Launcher) Describe() (tree, memory string) { return "", "" }
+// Close removes the cgroup directories; its processes must have been released.
+func (d *Direct) Close() {
+	if l, err := d.init(); err == nil {
+		l.Close()
+	}
+}
 
-// Support describes what the calling process could have, without making anything.
-func Support() (tree, memory string) { return "", "" }
+// WithFDs calls f while fds holds the descriptors of files, -1 for a nil one.
+// The files cannot be closed meanwhile, and their blocking mode is not touched.
+func WithFDs(files []*os.File, fds []int, f func() error) error {
+	if len(files) == 0 {
+		return f()
+	}
+	if files[0] == nil {
+		fds[0] = -1
+		return WithFDs(files[1:], fds[1:], f)
+	}
+	rc, err := files[0].SyscallConn()
+	if err == nil {
+		var inner error
+		err = rc.Control(func(fd uintptr) {
+			fds[0] = int(fd)
+			inner = WithFDs(files[1:], fds[1:], f)
+		})
+		if err == nil {
+			return inner
+		}
+	}
+	return &SpawnError{Op: OpFiles, Path: files[0].Name(), Err: fmt.Errorf("not an open file: %w", err)}
+}
 
-// Sweep kills every process that an earlier keeper of the same instance tag
-// left behind and removes its cgroup directories. It returns how many
-// processes it killed. The caller, its ancestors and its children are spared.
-func Sweep(ctx context.Context, tag string) (killed int, err error) { return 0, nil }
+// directProcess is a child of this process. It has one goroutine, which is
+// parked in the poller until the child ends.
+type directProcess struct {
+	tree *Tree
+	done chan struct{}
+	exit Exit
+}
+
+func (p *directProcess) wait() {
+	defer close(p.done)
+	if p.poll() {
+		return
+	}
+	// No pidfd here: hold a thread.
+	for {
+		err := waitID(unix.P_PID, p.tree.id.PID, unix.WEXITED|unix.WNOWAIT, nil)
+		if e, done := p.tree.Reap(); done {
+			p.exit = e
+			return
+		}
+		if err != nil && err != unix.EINTR {
+			p.exit = Exit{Code: -1}
+			return
+		}
+	}
+}
+
+// poll waits by way of a pidfd; it reports whether that was possible.
+func (p *directProcess) poll() bool {
+	fd, err := unix.PidfdOpen(p.tree.id.PID, unix.PIDFD_NONBLOCK)
+	if err != nil {
+		return false
+	}
+	f := os.NewFile(uintptr(fd), "pidfd") // non-blocking, so it goes to the poller
+	defer f.Close()
+	rc, err := f.SyscallConn()
+	if err != nil {
+		return false
+	}
+	done := false
+	err = rc.Read(func(uintptr) bool {
+		p.exit, done = p.tree.Reap()
+		return done
+	})
+	return err == nil && done
+}
+
+func (p *directProcess) ID() ID                          { return p.tree.id }
+func (p *directProcess) Done() <-chan struct{}           { return p.done }
+func (p *directProcess) Signal(sig syscall.Signal) error { return p.tree.SignalLeader(sig) }
+func (p *directProcess) Members() ([]int, error)         { return p.tree.Members() }
+
+func (p *directProcess) SignalTree(sig syscall.Signal) error { return p.tree.Signal(sig) }
+
+func (p *directProcess) KillTree(ctx context.Context) error { return p.tree.Kill(ctx) }
+
+func (p *directProcess) Exit() Exit {
+	select {
+	case <-p.done:
+		return p.exit
+	default:
+		return Exit{}
+	}
+}
+
+func (p *directProcess) Release() error {
+	select {
+	case <-p.done:
+		p.tree.Remove()
+		return nil
+	default:
+		return ErrRunning
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"strconv"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -33,7 +34,7 @@ func (id ID) Alive() bool {
 		return false
 	}
 	st, err := readStat(id.PID)
-	return err == nil && st.start == id.Start && st.state != 'Z' && st.state != 'X'
+	return err == nil && st.start == id.Start && st.live()
 }
 
 // Signal sends sig to exactly this process; [os.ErrProcessDone] where it is
@@ -72,6 +73,7 @@ func signalError(err error) error {
 // stat is what this package reads of /proc/PID/stat.
 type stat struct {
 	pid, ppid, pgrp, session int
+	threads                  int
 	state                    byte
 	start                    uint64
 }
@@ -117,6 +119,8 @@ func parseStat(b []byte) (st stat, ok bool) {
 			st.pgrp, ok = atoi(f)
 		case 6:
 			st.session, ok = atoi(f)
+		case 20:
+			st.threads, ok = atoi(f)
 		case 22:
 			for _, c := range f {
 				if c < '0' || c > '9' {
@@ -129,6 +133,28 @@ func parseStat(b []byte) (st stat, ok bool) {
 		field++
 	}
 	return st, false
+}
+
+// waitID is waitid(2); pid receives the pid of the child concerned, if not nil.
+func waitID(idType, id, options int, pid *int) error {
+	var info siginfo
+	_, _, errno := syscall.Syscall6(unix.SYS_WAITID, uintptr(idType), uintptr(id), uintptr(unsafe.Pointer(&info)), uintptr(options), 0, 0)
+	if errno != 0 {
+		return errno
+	}
+	if pid != nil {
+		*pid = int(info.pid)
+	}
+	return nil
+}
+
+// siginfo is the part of siginfo_t that waitid fills, as long as the kernel's
+// 128 bytes. The padding before pid is there on 64-bit machines only.
+type siginfo struct {
+	signo, errno, code int32
+	_                  [unsafe.Sizeof(uintptr(0)) - 4]byte
+	pid                int32
+	_                  [112]byte
 }
 
 func atoi(b []byte) (int, bool) {
