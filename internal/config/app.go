@@ -136,7 +136,8 @@ type Duration time.Duration
 type Group struct {
 	Name        string   `json:"name"`
 	Parent      string   `json:"parent,omitempty"`
-	Strategy    string   `json:"strategy"` // "one-for-one" | "one-for-all" | "rest-for-one"
+	Strategy    string   `json:"strategy"`       // "one-for-one" | "one-for-all" | "rest-for-one"
+	Apps        []string `json:"apps,omitempty"` // its apps, in the order rest-for-one goes by
 	MaxRestarts int      `json:"max_restarts,omitempty"`
 	Window      Duration `json:"window,omitempty"`
 }

@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -106,96 +109,267 @@ func position(file string, line, col int) string {
 	return fmt.Sprintf("%s:%d:%d: ", file, line, col)
 }
 
+// complete fills in what was left to the process's own circumstances.
+func (o *LoadOptions) complete() error {
+	if o.Environ == nil {
+		o.Environ = os.Environ()
+	}
+	if o.Cwd == "" {
+		wd, err := os.Getwd()
+		if err != nil {
+			return fmt.Errorf("find the working directory: %w", err)
+		}
+		o.Cwd = wd
+	}
+	if !filepath.IsAbs(o.Cwd) {
+		abs, err := filepath.Abs(o.Cwd)
+		if err != nil {
+			return fmt.Errorf("find the working directory: %w", err)
+		}
+		o.Cwd = abs
+	}
+	return nil
+}
+
 // Load reads the file at path, of whatever format, as its name and shape say.
 //
 // A .js, .cjs or .mjs file is a program and is run, by node where there is
 // one: call Load in the process of the person whose file it is, never in a
 // daemon that has more rights than they.
 //
-// What is wrong comes back as *[Error], all of it at once.
+// What is wrong comes back as *[Error], all of it at once. Warnings are there
+// with an error too. It is safe for concurrent use.
 func Load(ctx context.Context, path string, opts LoadOptions) (*File, []Warning, error) {
-	return nil, nil, errors.ErrUnsupported
+	if err := opts.complete(); err != nil {
+		return nil, nil, err
+	}
+	path = absPath(opts.Cwd, path, "")
+	data, err := readBounded(path)
+	switch {
+	case isNotExist(err):
+		return nil, nil, fmt.Errorf("%s does not exist: %w", path, ErrNotFound)
+	case err != nil:
+		return nil, nil, fmt.Errorf("%s: %w", path, reason(err))
+	}
+	return load(ctx, path, filepath.Dir(path), data, opts)
 }
 
 // Parse is [Load] for bytes that are in memory already (standard input). name
-// decides the format where it has a known ending; data that is no YAML or
-// JSON process file is read as a Procfile only if name says so. Paths in it
-// are relative to opts.Cwd.
+// is for messages, and decides the format where it has a known ending; a
+// JavaScript file cannot be read this way. Paths in it are relative to
+// opts.Cwd.
 func Parse(ctx context.Context, name string, data []byte, opts LoadOptions) (*File, []Warning, error) {
-	return nil, nil, errors.ErrUnsupported
+	if err := opts.complete(); err != nil {
+		return nil, nil, err
+	}
+	if isJS(name) {
+		return nil, nil, fmt.Errorf("%s: JavaScript is only read from a file", name)
+	}
+	f, warnings, err := load(ctx, name, opts.Cwd, data, opts)
+	if f != nil {
+		f.Path = ""
+		for i := range f.Apps {
+			f.Apps[i].Source = ""
+		}
+	}
+	return f, warnings, err
+}
+
+func isJS(name string) bool {
+	switch filepath.Ext(name) {
+	case ".js", ".cjs", ".mjs":
+		return true
+	}
+	return false
+}
+
+func load(ctx context.Context, path, dir string, data []byte, opts LoadOptions) (*File, []Warning, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, nil, err
+	}
+	base := filepath.Base(path)
+	environ := environMap(opts.Environ)
+	p := problems{file: path}
+	var f *File
+	var warnings []Warning
+	// blame puts a problem between apps where it belongs.
+	blame := func(setProblem) (line, col int) { return 0, 0 }
+	ext := strings.ToLower(filepath.Ext(base))
+	if isProcfile(base) {
+		if err := checkText(path, data); err != nil {
+			return nil, nil, err
+		}
+		l := &procfileLoader{problems: p, dir: dir, opts: opts, environ: environ}
+		f = l.load(data)
+		p = l.problems
+	} else {
+		root, src, err := parseTree(ctx, path, data, opts)
+		if err != nil {
+			return nil, nil, err
+		}
+		if isRemuda(base, ext, root) {
+			l := &remudaLoader{decoder: decoder{problems: p}, dir: dir, opts: opts, environ: environ}
+			f = l.load(root)
+			p, warnings = l.problems, l.warnings
+			blame = func(s setProblem) (int, int) { return remudaPosition(root, f, s) }
+		} else {
+			l := &pm2Loader{problems: p, src: src, dir: dir, opts: opts, environ: environ}
+			f = l.load(root)
+			p, warnings = l.problems, l.warnings
+		}
+	}
+	if len(p.list) == 0 {
+		for _, s := range validateSet(f.Apps, f.Groups, nil) {
+			line, col := blame(s)
+			p.at(line, col, "%s", s.text)
+		}
+	}
+	if err := p.err(); err != nil {
+		return nil, warnings, err
+	}
+	f.Path = path
+	if err := f.only(opts.Only); err != nil {
+		return nil, warnings, err
+	}
+	return f, warnings, nil
+}
+
+// parseTree reads the syntax; src is the source of a .js file.
+func parseTree(ctx context.Context, path string, data []byte, opts LoadOptions) (root *node, src string, err error) {
+	switch ext := strings.ToLower(filepath.Ext(path)); {
+	case isJS(path):
+		if err := checkText(path, data); err != nil {
+			return nil, "", err
+		}
+		root, err = evalJS(ctx, path, opts)
+		return root, string(data), err
+	case ext == ".yaml" || ext == ".yml":
+		root, err = parseYAML(path, data)
+		return root, "", err
+	case ext == ".json" || ext == ".json5" || ext == ".jsonc":
+		root, err = parseJSON(path, data)
+		return root, "", err
+	}
+	// Of an unknown name, such as standard input: JSON begins with a bracket
+	// or a comment, and what else there is is YAML.
+	if t := strings.TrimSpace(string(data)); strings.HasPrefix(t, "{") || strings.HasPrefix(t, "[") || strings.HasPrefix(t, "//") || strings.HasPrefix(t, "/*") {
+		root, err = parseJSON(path, data)
+		return root, "", err
+	}
+	root, err = parseYAML(path, data)
+	return root, "", err
+}
+
+func isProcfile(base string) bool {
+	return base == "Procfile" || strings.HasPrefix(base, "Procfile.") || strings.HasSuffix(base, ".procfile")
+}
+
+// isRemuda tells the two formats apart: by name where it says so, else by
+// apps, which is a mapping in one and a list in the other.
+func isRemuda(base, ext string, root *node) bool {
+	switch {
+	case isJS(base):
+		return false
+	case strings.HasPrefix(base, "remuda."), strings.HasSuffix(strings.TrimSuffix(base, ext), ".remuda"):
+		return true
+	case strings.HasPrefix(base, "ecosystem."), strings.HasPrefix(base, "pm2."):
+		return false
+	case root == nil || root.kind != kMap:
+		return false
+	}
+	if apps := root.get("apps"); apps != nil {
+		// A single PM2 app under apps has a script.
+		return apps.kind == kMap && apps.get("script") == nil || apps.kind == kNull
+	}
+	return root.get("script") == nil && root.get("pm2") == nil && root.get("exec") == nil && root.get("cmd") == nil
+}
+
+// remudaPosition is where in remuda.yaml a problem between apps stands.
+func remudaPosition(root *node, f *File, s setProblem) (line, col int) {
+	under, name := root.get("groups"), s.group
+	if s.app >= 0 {
+		under, name = root.get("apps"), f.Apps[s.app].Name
+	}
+	if under == nil {
+		return 0, 0
+	}
+	line, col = find(under, name, under.line, under.col)
+	for _, fl := range under.fields {
+		if fl.key == name {
+			return find(fl.val, s.path, fl.line, fl.col)
+		}
+	}
+	return line, col
+}
+
+// only keeps the apps of these names, and the groups they are in.
+func (f *File) only(names []string) error {
+	names = splitOnly(names)
+	if len(names) == 0 {
+		return nil
+	}
+	var kept []App
+	p := problems{file: f.Path}
+	for _, name := range names {
+		if !slices.ContainsFunc(f.Apps, func(a App) bool { return a.Name == name }) {
+			p.at(0, 0, "there is no app %q in the file%s", name, orElse(didYouMean(name, appNames(f.Apps)), "; it has "+oneLine(strings.Join(appNames(f.Apps), ", "))))
+		}
+	}
+	for _, a := range f.Apps {
+		if slices.Contains(names, a.Name) {
+			kept = append(kept, a)
+		}
+	}
+	f.Apps = kept
+	return p.err()
+}
+
+func splitOnly(list []string) []string {
+	var out []string
+	for _, s := range list {
+		for n := range strings.SplitSeq(s, ",") {
+			if n = strings.TrimSpace(n); n != "" {
+				out = append(out, n)
+			}
+		}
+	}
+	return out
 }
 
 // Find is the path of the process file in dir: remuda.yaml, else PM2's
 // ecosystem.config.* or pm2.config.*, else Procfile. Where there is none the
 // error wraps [ErrNotFound] and says what was looked for.
 func Find(dir string) (string, error) {
-	return "", errors.ErrUnsupported
+	names := []string{"remuda.yaml", "remuda.yml", "remuda.json"}
+	for _, stem := range []string{"ecosystem.config", "pm2.config", "ecosystem"} {
+		for _, ext := range []string{".js", ".cjs", ".mjs", ".json", ".yaml", ".yml"} {
+			names = append(names, stem+ext)
+		}
+	}
+	names = append(names, "Procfile")
+	for _, name := range names {
+		path := filepath.Join(dir, name)
+		st, err := os.Stat(path)
+		if err == nil && st.Mode().IsRegular() {
+			return path, nil
+		}
+		if err != nil && !isNotExist(err) {
+			return "", fmt.Errorf("look for a process file: %s: %w", path, reason(err))
+		}
+	}
+	return "", fmt.Errorf("%w in %s: looked for remuda.yaml, ecosystem.config.js (.cjs, .mjs, .json, .yaml), pm2.config.js and Procfile", ErrNotFound, dir)
 }
 
 // IsFile reports whether an argument of start names a process file rather
 // than a program: by its name alone, as PM2 does.
 func IsFile(name string) bool {
-	return false
+	base := filepath.Base(name)
+	switch strings.ToLower(filepath.Ext(base)) {
+	case ".json", ".json5", ".jsonc", ".yaml", ".yml":
+		return true
+	case ".js", ".cjs", ".mjs":
+		stem := strings.TrimSuffix(base, filepath.Ext(base))
+		return strings.HasSuffix(stem, ".config")
+	}
+	return isProcfile(base)
 }
-
-// CommandLine is `remuda start SCRIPT [flags] [-- ARGS]`: PM2's flags as the
-// person gave them. Strings that are "" and slices that are nil were not
-// given.
-type CommandLine struct {
-	Script string
-	Args   []string
-	Name, Namespace,
-	Interpreter, // --interpreter; "none" runs Script itself
-	NodeArgs, // --node-args, --interpreter-args: split like a shell's words
-	Instances, // -i: "4", "max", "0", "-1"
-	ExecMode, // "fork" (-x), "cluster"
-	Cwd,
-	Output, ErrorLog, Log, // -o, -e, -l
-	LogDateFormat, LogType,
-	MaxMemoryRestart, RestartDelay, ExpBackoffRestartDelay,
-	MaxRestarts, MinUptime, KillTimeout, ListenTimeout,
-	CronRestart, WatchDelay, UID, GID, Signal string
-	Watch         []string // --watch: nil not given, empty = Cwd
-	IgnoreWatch   []string
-	FilterEnv     []string
-	StopExitCodes []string
-	Time, MergeLogs, DisableLogs, WaitReady, ShutdownWithMessage,
-	NoAutorestart, NoAutostart, NoTreekill bool
-	// Environ is the caller's environment; nil means os.Environ().
-	Environ []string
-	// Env are further variables, NAME=value, over Environ.
-	Env []string
-	// CallerCwd is what relative paths are relative to, "" for the process's
-	// own working directory.
-	CallerCwd string
-}
-
-// FromCommand turns a command line into an app, with PM2's defaults.
-func FromCommand(c CommandLine) (App, []Warning, error) {
-	return App{}, nil, errors.ErrUnsupported
-}
-
-// Validate reports what is wrong with a, as *[Error] without positions. Every
-// app that [Load] and [FromCommand] return is valid; it is for apps that come
-// over the API.
-func Validate(a App) error { return errors.ErrUnsupported }
-
-// ValidateSet checks apps against each other: names that occur twice,
-// dependencies on apps that are neither among them nor known (nil: none is),
-// cycles, groups.
-func ValidateSet(apps []App, groups []Group, known func(name string) bool) error {
-	return errors.ErrUnsupported
-}
-
-// Diff says in words what differs between two specs of one app, one string
-// per field: "env.PORT: 80 → 81". Empty means the same. Values of variables
-// that look secret are never shown, and variables that an app took over from
-// its caller's environment do not count.
-func Diff(old, updated App) []string { return nil }
-
-// ResolveInstances turns what a person gives for a number of instances into
-// one: "4", "max" or "0" (as many as CPUs), "-1" (one fewer, at least 1).
-func ResolveInstances(s string) (int, error) { return 0, errors.ErrUnsupported }
-
-// Schema is the JSON Schema of remuda.yaml.
-func Schema() ([]byte, error) { return nil, errors.ErrUnsupported }
