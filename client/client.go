@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -23,8 +24,8 @@ import (
 // older peer could misunderstand a newer one.
 const API = 1
 
-// HeaderAPI carries the caller's [API] in every request, and the daemon's in
-// every answer.
+// HeaderAPI carries the caller's [API] in every request but those for info,
+// upgrade and kill, and the daemon's in every answer.
 const HeaderAPI = "Remuda-Api"
 
 // ErrUnreachable says that no daemon answered on the socket.
@@ -87,17 +88,28 @@ func New(home string) *Client {
 }
 
 // dialUnix reaches sockets whose path is longer than the kernel's 107 bytes by
-// way of the folder's descriptor.
+// way of the folder's descriptor. Where so many call at once that the socket's
+// queue is full, it waits for a place in it.
 func dialUnix(ctx context.Context, d *net.Dialer, path string) (net.Conn, error) {
-	if len(path) < 108 {
-		return d.DialContext(ctx, "unix", path)
+	if len(path) >= 108 {
+		dir, err := os.Open(filepath.Dir(path))
+		if err != nil {
+			return nil, &net.OpError{Op: "dial", Net: "unix", Err: err}
+		}
+		defer dir.Close()
+		path = fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), filepath.Base(path))
 	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return nil, err
+	for {
+		conn, err := d.DialContext(ctx, "unix", path)
+		if !errors.Is(err, syscall.EAGAIN) {
+			return conn, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(5 * time.Millisecond):
+		}
 	}
-	defer dir.Close()
-	return d.DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), filepath.Base(path)))
 }
 
 // Home is the folder of the daemon this client calls.
@@ -207,10 +219,15 @@ func (c *Client) Kill(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	gone, err := waitFor(info.KeeperPID)
+	if err != nil {
+		return err
+	}
+	defer gone.Close()
 	if _, err := call[struct{}](ctx, c, http.MethodPost, "/v1/kill", nil, struct{}{}); err != nil {
 		return err
 	}
-	return waitGone(ctx, info.KeeperPID)
+	return gone.wait(ctx)
 }
 
 // Logs streams log lines until the query is exhausted, ctx ends or the daemon
@@ -265,7 +282,9 @@ func (c *Client) do(ctx context.Context, method, path string, query url.Values, 
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
-	req.Header.Set(HeaderAPI, strconv.Itoa(API))
+	if !timeless(path) {
+		req.Header.Set(HeaderAPI, strconv.Itoa(API))
+	}
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}
@@ -280,6 +299,13 @@ func (c *Client) do(ctx context.Context, method, path string, query url.Values, 
 	return resp, nil
 }
 
+// timeless says whether a call is the same in all versions of the API: what
+// must work between a command and a daemon that otherwise do not understand
+// each other, so that one can be upgraded or ended by the other.
+func timeless(path string) bool {
+	return path == "/v1/info" || path == "/v1/upgrade" || path == "/v1/kill"
+}
+
 func (c *Client) explain(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
@@ -287,9 +313,18 @@ func (c *Client) explain(ctx context.Context, err error) error {
 	var op *net.OpError
 	if errors.As(err, &op) && op.Op == "dial" {
 		if errors.Is(err, os.ErrPermission) {
-			return fmt.Errorf("%w that you may talk to: %s: permission denied; it belongs to another user", ErrUnreachable, SocketPath(c.home))
+			return fmt.Errorf("%w that you may talk to: %s: %w; it belongs to another user", ErrUnreachable, SocketPath(c.home), os.ErrPermission)
 		}
-		return fmt.Errorf("%w in %s", ErrUnreachable, c.home)
+		for _, none := range []syscall.Errno{syscall.ENOENT, syscall.ECONNREFUSED, syscall.ENOTDIR, syscall.ENOTSOCK, syscall.EPROTOTYPE} {
+			if errors.Is(err, none) {
+				return fmt.Errorf("%w in %s", ErrUnreachable, c.home)
+			}
+		}
+		return fmt.Errorf("cannot reach the daemon in %s: %w", c.home, op.Err)
+	}
+	var u *url.Error
+	if errors.As(err, &u) {
+		err = u.Err
 	}
 	return fmt.Errorf("the daemon hung up: %w", err)
 }
@@ -354,7 +389,9 @@ func stream[T any](ctx context.Context, c *Client, path string, query url.Values
 		r := bufio.NewReaderSize(resp.Body, 64<<10)
 		for {
 			line, err := r.ReadBytes('\n')
-			if len(line) > 0 {
+			if err != nil && !errors.Is(err, io.EOF) {
+				err = fmt.Errorf("the daemon hung up: %w", err)
+			} else if len(line) > 0 {
 				var item struct {
 					Error string `json:"error"`
 					Value *T     `json:"value"`

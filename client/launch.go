@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -33,61 +34,82 @@ func (c *Client) Launch(ctx context.Context, binary string) (bool, error) {
 	if _, err := c.Info(ctx); err == nil {
 		return false, nil
 	}
-	return true, c.launch(ctx, binary)
+	return c.launch(ctx, binary)
 }
 
-// MakeHome creates the home folder, for its owner alone.
+// MakeHome creates the home folder, for its owner alone. A folder that is open
+// to others is closed only where it is the daemon's already or holds nothing:
+// with REMUDA_HOME=/tmp by mistake, /tmp stays as it is.
 func MakeHome(home string) error {
-	if err := os.MkdirAll(filepath.Join(home, "logs"), 0o700); err != nil {
+	if err := os.MkdirAll(home, 0o700); err != nil {
 		return fmt.Errorf("cannot make the daemon's folder: %w; set REMUDA_HOME to one you may write", err)
 	}
 	st, err := os.Stat(home)
 	if err != nil {
 		return fmt.Errorf("cannot use the daemon's folder: %w", err)
 	}
-	if own := st.Sys().(*syscall.Stat_t).Uid; int(own) != os.Geteuid() {
-		return fmt.Errorf("the daemon's folder %s belongs to user %d, not to you (%d): set REMUDA_HOME to a folder of your own", home, own, os.Geteuid())
+	if own, ok := st.Sys().(*syscall.Stat_t); ok && int(own.Uid) != os.Geteuid() {
+		return fmt.Errorf("the daemon's folder %s belongs to user %d, not to you (%d): set REMUDA_HOME to a folder of your own", home, own.Uid, os.Geteuid())
 	}
 	if st.Mode().Perm()&0o077 != 0 {
+		entries, err := os.ReadDir(home)
+		if err != nil {
+			return fmt.Errorf("cannot use the daemon's folder: %w", err)
+		}
+		ours := func(e os.DirEntry) bool { return e.Name() == "launch.lock" || e.Name() == "keeper.lock" }
+		if len(entries) > 0 && !slices.ContainsFunc(entries, ours) {
+			return fmt.Errorf("the folder %s is open to others (mode %04o) and holds other things: chmod 700 it, or set REMUDA_HOME to a folder for the daemon alone", home, st.Mode().Perm())
+		}
 		if err := os.Chmod(home, 0o700); err != nil {
 			return fmt.Errorf("the daemon's folder %s is open to others and cannot be closed: %w", home, err)
 		}
 	}
+	if err := os.MkdirAll(filepath.Join(home, "logs"), 0o700); err != nil {
+		return fmt.Errorf("cannot make the daemon's folder: %w; set REMUDA_HOME to one you may write", err)
+	}
 	return nil
 }
 
-func (c *Client) launch(ctx context.Context, binary string) error {
+// launch starts a keeper and waits until a daemon answers. Where that is one of
+// another keeper (its controller was just being replaced), the new keeper is
+// not needed.
+func (c *Client) launch(ctx context.Context, binary string) (bool, error) {
 	logPath := filepath.Join(c.home, "logs", "daemon.log")
 	log, err := os.OpenFile(logPath, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
-		return fmt.Errorf("cannot open the daemon's log: %w", err)
+		return false, fmt.Errorf("cannot open the daemon's log: %w", err)
 	}
 	defer log.Close()
 	from, err := log.Seek(0, 2)
 	if err != nil {
-		return fmt.Errorf("cannot use the daemon's log: %w", err)
+		return false, fmt.Errorf("cannot use the daemon's log: %w", err)
 	}
 	cmd := exec.Command(binary, "keeper", "--home", c.home) //nolint:noctx // it outlives the caller
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("cannot start the daemon: %w", err)
+		return false, fmt.Errorf("cannot start the daemon: %w", err)
 	}
 	gone := make(chan error, 1)
 	go func() { gone <- cmd.Wait() }()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		if _, err := c.Info(ctx); err == nil || !errors.Is(err, ErrUnreachable) {
-			return err
+		info, err := c.Info(ctx)
+		if err == nil && info.KeeperPID != cmd.Process.Pid {
+			_ = cmd.Process.Kill()
+			return false, nil
+		}
+		if err == nil || !errors.Is(err, ErrUnreachable) {
+			return err == nil, err
 		}
 		select {
 		case <-tick.C:
 		case err := <-gone:
-			return fmt.Errorf("the daemon did not start (%v): %s", err, saidSince(logPath, from))
+			return false, fmt.Errorf("the daemon did not start (%v): %s", err, saidSince(logPath, from))
 		case <-ctx.Done():
-			return fmt.Errorf("the daemon does not answer; its log is %s: %w", logPath, ctx.Err())
+			return false, fmt.Errorf("the daemon does not answer; its log is %s: %w", logPath, ctx.Err())
 		}
 	}
 }
@@ -126,20 +148,37 @@ func lock(ctx context.Context, path string) (unlock func(), err error) {
 	}
 }
 
-// waitGone waits until a process has ended.
-func waitGone(ctx context.Context, pid int) error {
+// process is one process that is waited for, whatever its pid is used for
+// afterwards.
+type process struct{ pid, fd int }
+
+func waitFor(pid int) (process, error) {
 	fd, err := unix.PidfdOpen(pid, 0)
-	if err != nil {
-		return nil //nolint:nilerr // it is gone already
+	if errors.Is(err, unix.ESRCH) {
+		return process{pid: pid, fd: -1}, nil
 	}
-	defer unix.Close(fd)
-	for {
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 50)
+	if err != nil {
+		return process{}, fmt.Errorf("cannot watch the daemon (pid %d): %w", pid, err)
+	}
+	return process{pid: pid, fd: fd}, nil
+}
+
+func (p process) Close() {
+	if p.fd >= 0 {
+		unix.Close(p.fd)
+	}
+}
+
+// wait returns when the process has ended.
+func (p process) wait(ctx context.Context) error {
+	for p.fd >= 0 {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(p.fd), Events: unix.POLLIN}}, 50)
 		if n > 0 || (err != nil && !errors.Is(err, unix.EINTR)) {
 			return nil
 		}
 		if ctx.Err() != nil {
-			return fmt.Errorf("the daemon (pid %d) has not ended: %w", pid, ctx.Err())
+			return fmt.Errorf("the daemon (pid %d) has not ended: %w", p.pid, ctx.Err())
 		}
 	}
+	return nil
 }
