@@ -161,6 +161,7 @@ func (d *Daemon) startLocked(req client.StartRequest) ([]*instance, error) {
 			return nil, d.notSupervised(i, err)
 		}
 	}
+	d.wakeGroups(again)
 	// PM2's start of what runs is a restart: deploy scripts rely on it.
 	return append(touched, again...), d.each(again, func(s *supervise.Supervisor, names []string) error {
 		return s.Restart("start", names...)
@@ -373,6 +374,7 @@ func (d *Daemon) restart(ctx context.Context, list []*instance, req client.ActRe
 	}
 	d.saveOrWarn()
 	cause := string(req.Verb)
+	d.wakeGroups(list)
 	err := d.each(list, func(s *supervise.Supervisor, names []string) error { return s.Restart(cause, names...) })
 	d.act.Unlock()
 	if err != nil {
@@ -718,6 +720,7 @@ func (d *Daemon) upLocked(ctx context.Context, req client.UpRequest) ([]client.C
 		}
 	}
 	touched = append(added, again...)
+	d.wakeGroups(again)
 	return changes, touched, d.each(again, func(s *supervise.Supervisor, names []string) error { return s.Restart("up", names...) })
 }
 

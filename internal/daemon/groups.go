@@ -32,12 +32,34 @@ func (d *Daemon) makeGroup(g config.Group, all []config.Group) *supervise.Superv
 	}
 	s := supervise.New(o)
 	d.sups[g.Name] = s
-	// A group that gave up is tried again, with its parent's patience.
-	err := parent.Add(supervise.Spec{Name: groupChild(g.Name), Child: s.AsChild(), Backoff: supervise.Backoff{Initial: d.groupBackoff()}}, true)
+	// A group that gave up stays so until somebody starts an app of it.
+	err := parent.Add(supervise.Spec{Name: groupChild(g.Name), Child: s.AsChild(), Restart: supervise.Never}, true)
 	if err != nil {
 		d.log.Error("group", "name", g.Name, "error", err)
 	}
 	return s
+}
+
+// wakeGroups starts the groups that instances are in, from the outermost, where
+// they had given up.
+func (d *Daemon) wakeGroups(list []*instance) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var wake func(name string)
+	wake = func(name string) {
+		at := slices.IndexFunc(d.groups, func(g config.Group) bool { return g.Name == name })
+		if at < 0 {
+			return
+		}
+		parent := d.groups[at].Parent
+		wake(parent)
+		if err := d.sups[parent].Start(groupChild(name)); err != nil {
+			d.log.Warn("group", "name", name, "error", err)
+		}
+	}
+	for _, i := range list {
+		wake(d.apps[i.app].spec.Strategy)
+	}
 }
 
 // groupChild is the name of a group as a child; no app can have it.
