@@ -7,6 +7,16 @@ scripts/need.sh go node python3
 echo "Building bin/remuda …"
 go build -o bin/remuda ./cmd/remuda
 file=examples/quickstart/remuda.yaml
+
+# A port that something else holds is passed over, unless PORT names one.
+taken() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+if [ -z "${PORT-}" ] && ! bin/remuda pid web 2>/dev/null | grep -q '^[1-9]'; then
+	for PORT in $(seq 8425 8445); do
+		taken "$PORT" || break
+		echo "Port $PORT is in use; trying the next."
+	done
+	export PORT
+fi
 bin/remuda up -f "$file"
 echo
 bin/remuda list

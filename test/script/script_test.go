@@ -4,6 +4,7 @@ package script
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -89,6 +90,12 @@ func TestScripts(t *testing.T) {
 			})
 			return nil
 		},
+		Condition: func(cond string) (bool, error) {
+			if cond == "superuser" {
+				return os.Getuid() == 0, nil
+			}
+			return false, fmt.Errorf("no condition is called %q", cond)
+		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"code":      code,
 			"waitfor":   waitFor,
@@ -100,8 +107,8 @@ func TestScripts(t *testing.T) {
 			"alive":     alive,
 			"bigname":   bigName,
 			"listen":    listen,
+			"freeport":  freePort,
 			"sigkill":   sigKill,
-			"unescape":  unescape,
 		},
 	})
 }
@@ -184,8 +191,10 @@ func waitState(ts *testscript.TestScript, neg bool, args []string) {
 	h := home(ts)
 	c := client.New(h.Home)
 	defer c.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), d+20*time.Second)
+	defer cancel()
 	if err := harness.Eventually(d, func() error {
-		list, err := c.List(ts.Context(), args[1])
+		list, err := c.List(ctx, args[1])
 		if err != nil {
 			return err
 		}
@@ -321,7 +330,7 @@ func alive(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Check(err)
 		p, ok := harness.Stat(pid)
 		if (ok && p.State != 'Z') == neg {
-			ts.Fatalf("pid %d alive: %v", pid, !neg == false)
+			ts.Fatalf("pid %d alive: %v", pid, neg)
 		}
 	}
 }
@@ -341,12 +350,22 @@ func listen(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Setenv(args[0], strconv.Itoa(l.Addr().(*net.TCPAddr).Port))
 }
 
+// freeport VARIABLE: a port of 127.0.0.1 that was free a moment ago.
+func freePort(ts *testscript.TestScript, _ bool, args []string) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	ts.Check(err)
+	ts.Setenv(args[0], strconv.Itoa(l.Addr().(*net.TCPAddr).Port))
+	ts.Check(l.Close())
+}
+
 // sigkill controller|keeper: kills it and, for the controller, waits for the
 // next.
 func sigKill(ts *testscript.TestScript, _ bool, args []string) {
 	c := client.New(home(ts).Home)
 	defer c.Close()
-	info, err := c.Info(ts.Context())
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	info, err := c.Info(ctx)
 	ts.Check(err)
 	pid := info.PID
 	if args[0] == "keeper" {
@@ -357,18 +376,10 @@ func sigKill(ts *testscript.TestScript, _ bool, args []string) {
 		return
 	}
 	ts.Check(harness.Eventually(10*time.Second, func() error {
-		now, err := c.Info(ts.Context())
+		now, err := c.Info(ctx)
 		if err == nil && now.PID == pid {
 			err = errors.New("still the old controller")
 		}
 		return err
 	}))
-}
-
-// unescape FILE: replaces Go escapes (\x00, \n, \xff) in a file by what they
-// stand for.
-func unescape(ts *testscript.TestScript, _ bool, args []string) {
-	s, err := strconv.Unquote(`"` + strings.ReplaceAll(strings.ReplaceAll(strings.TrimSpace(ts.ReadFile(args[0])), `"`, `\"`), "\n", `\n`) + `"`)
-	ts.Check(err)
-	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(s), 0o644))
 }
