@@ -92,14 +92,13 @@ func openProc() (int, error) {
 }
 
 // Close gives the descriptor of /proc back. Looks after it find nothing.
-func (s *Sampler) Close() error {
+func (s *Sampler) Close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.proc >= 0 {
-		unix.Close(s.proc)
+		_ = unix.Close(s.proc)
 		s.proc = -1
 	}
-	return nil
 }
 
 // Sample looks at the processes of all groups (id → pids) and returns the

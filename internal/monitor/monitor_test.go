@@ -2,6 +2,7 @@ package monitor
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -339,7 +340,7 @@ func BenchmarkSample(b *testing.B) {
 			groups := make(map[int][]int, n)
 			for i := range n {
 				line, err := out.ReadString('\n')
-				if err != nil && err != io.EOF {
+				if err != nil && !errors.Is(err, io.EOF) {
 					b.Fatal(err)
 				}
 				pid, err := strconv.Atoi(strings.TrimSpace(line))

@@ -55,7 +55,7 @@ func NewRest(pid int) (*Rest, error) {
 }
 
 // Close frees what Rest holds.
-func (r *Rest) Close() error { return r.s.Close() }
+func (r *Rest) Close() { r.s.Close() }
 
 // Look looks.
 func (r *Rest) Look() Look {

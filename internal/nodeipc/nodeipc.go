@@ -130,7 +130,7 @@ func NewHub() (*Hub, error) {
 	}
 	// Non-blocking is what makes os.NewFile hand it to Go's poller.
 	if err := unix.SetNonblock(fd, true); err != nil {
-		unix.Close(fd)
+		_ = unix.Close(fd)
 		return nil, fmt.Errorf("start IPC: %w", os.NewSyscallError("fcntl", err))
 	}
 	h := &Hub{ep: os.NewFile(uintptr(fd), "node-ipc-epoll"), epfd: fd, done: make(chan struct{}), chans: make(map[int32]*Channel)}
@@ -168,7 +168,7 @@ func NewHub() (*Hub, error) {
 
 // Close closes every channel (OnClose is not called) and ends the hub's
 // goroutine. It must not be called from a handler.
-func (h *Hub) Close() error {
+func (h *Hub) Close() {
 	h.mu.Lock()
 	h.closed = true
 	all := make([]*Channel, 0, len(h.chans))
@@ -181,7 +181,6 @@ func (h *Hub) Close() error {
 	}
 	h.ep.Close() // a second Close changes nothing
 	<-h.done
-	return nil
 }
 
 // Open takes over f, the parent's end, whether it succeeds or not, and begins
@@ -204,7 +203,7 @@ func (h *Hub) Open(f *os.File, handlers Handlers) (*Channel, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.closed {
-		unix.Close(fd)
+		_ = unix.Close(fd)
 		return nil, ErrClosed
 	}
 	for h.chans[h.nextID] != nil {
@@ -216,7 +215,7 @@ func (h *Hub) Open(f *os.File, handlers Handlers) (*Channel, error) {
 	// before a Close never meets the next owner of the number.
 	ev := unix.EpollEvent{Events: unix.EPOLLIN, Fd: c.id}
 	if err := unix.EpollCtl(h.epfd, unix.EPOLL_CTL_ADD, fd, &ev); err != nil {
-		unix.Close(fd)
+		_ = unix.Close(fd)
 		return nil, fmt.Errorf("open IPC channel: %w", os.NewSyscallError("epoll_ctl", err))
 	}
 	h.chans[c.id] = c
@@ -226,9 +225,8 @@ func (h *Hub) Open(f *os.File, handlers Handlers) (*Channel, error) {
 // Close closes the channel: the program sees 'disconnect'. Messages that wait
 // are dropped. OnClose is not called; a call of OnMessage that runs just now
 // is not waited for.
-func (c *Channel) Close() error {
+func (c *Channel) Close() {
 	c.close()
-	return nil
 }
 
 // close reports whether this call was the one that closed it.
@@ -241,7 +239,7 @@ func (c *Channel) close() bool {
 		// The descriptor may have a duplicate elsewhere (the keeper's), and
 		// epoll would go on reporting it: take it out by hand.
 		_ = unix.EpollCtl(c.hub.epfd, unix.EPOLL_CTL_DEL, fd, nil)
-		unix.Close(fd)
+		_ = unix.Close(fd)
 	}
 	c.mu.Unlock()
 	if fd < 0 {
@@ -575,7 +573,7 @@ func closePassed(oob []byte) {
 			continue
 		}
 		for _, fd := range fds {
-			unix.Close(fd)
+			_ = unix.Close(fd)
 		}
 	}
 }

@@ -453,7 +453,7 @@ func TestIdleMemory(t *testing.T) {
 		t.Errorf("%d goroutines more for %d channels", g-goroutines, n)
 	}
 	for _, fd := range children {
-		unix.Close(fd)
+		_ = unix.Close(fd)
 	}
 }
 

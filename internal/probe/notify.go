@@ -97,7 +97,7 @@ func Listen(opt NotifyOptions) (*Notifier, error) {
 			mode = 0o600
 		}
 		if err := os.Chmod(n.path, mode.Perm()); err != nil {
-			n.conn.Close()
+			_ = n.conn.Close()
 			os.Remove(n.path)
 			return nil, fmt.Errorf("listen for notifications: %w", err)
 		}
@@ -107,16 +107,13 @@ func Listen(opt NotifyOptions) (*Notifier, error) {
 }
 
 // Close ends receiving and removes the socket.
-func (n *Notifier) Close() error {
+func (n *Notifier) Close() {
 	err := n.conn.Close()
 	<-n.done
-	if errors.Is(err, net.ErrClosed) {
-		return nil
-	}
-	if n.path != "" {
+	// The second time the path may be another's.
+	if n.path != "" && !errors.Is(err, net.ErrClosed) {
 		os.Remove(n.path)
 	}
-	return err
 }
 
 func (n *Notifier) receive(on func(Message)) {
@@ -156,7 +153,7 @@ func credentials(oob []byte) *unix.Ucred {
 	for i := range msgs {
 		if fds, err := unix.ParseUnixRights(&msgs[i]); err == nil {
 			for _, fd := range fds {
-				unix.Close(fd)
+				_ = unix.Close(fd)
 			}
 			continue
 		}

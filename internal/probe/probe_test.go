@@ -435,7 +435,7 @@ func sendNotify(t *testing.T, path, text string, oob []byte) error {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Close(fd)
+	defer func() { _ = unix.Close(fd) }()
 	return unix.Sendmsg(fd, []byte(text), oob, &unix.SockaddrUnix{Name: path}, 0)
 }
 

@@ -114,7 +114,7 @@ func New(opt Options) (*Watcher, error) {
 	}
 	w.add = w.fs.Add
 	if err := w.begin(); err != nil {
-		w.fs.Close()
+		_ = w.fs.Close()
 		return nil, err
 	}
 	go w.run()
@@ -182,10 +182,9 @@ func newGlob(pattern string) (glob, error) {
 // Close stops watching and waits for the watcher's goroutines. OnChange is not
 // called any more, nor for what is pending. It must not be called from a
 // callback.
-func (w *Watcher) Close() error {
+func (w *Watcher) Close() {
 	w.once.Do(func() { close(w.stop) })
 	<-w.done
-	return nil
 }
 
 // begin places the first watches.
@@ -261,7 +260,7 @@ func (w *Watcher) addTree(dir string, found func(string)) error {
 
 func (w *Watcher) run() {
 	defer close(w.done)
-	defer w.fs.Close()
+	defer func() { _ = w.fs.Close() }()
 	quiet := time.NewTimer(time.Hour)
 	quiet.Stop()
 	defer quiet.Stop()
