@@ -177,7 +177,7 @@ func (h *Hub) Close() {
 	}
 	h.mu.Unlock()
 	for _, c := range all {
-		c.Close()
+		c.close()
 	}
 	h.ep.Close() // a second Close changes nothing
 	<-h.done
@@ -224,9 +224,10 @@ func (h *Hub) Open(f *os.File, handlers Handlers) (*Channel, error) {
 
 // Close closes the channel: the program sees 'disconnect'. Messages that wait
 // are dropped. OnClose is not called; a call of OnMessage that runs just now
-// is not waited for.
-func (c *Channel) Close() {
+// is not waited for. The error is always nil: it is an io.Closer.
+func (c *Channel) Close() error {
 	c.close()
+	return nil
 }
 
 // close reports whether this call was the one that closed it.

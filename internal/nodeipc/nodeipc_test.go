@@ -164,7 +164,7 @@ func TestNodeDisconnect(t *testing.T) {
 
 	p, cmd = node(t, h, `process.on('message', () => {}); process.on('disconnect', () => process.exit(9)); process.send('up')`)
 	p.want(t, `"up"`)
-	p.Close()
+	_ = p.Close()
 	var ee *exec.ExitError
 	if err := cmd.Wait(); !errors.As(err, &ee) || ee.ExitCode() != 9 {
 		t.Errorf("node ended with %v, want status 9 from its disconnect handler", err)
@@ -187,7 +187,7 @@ func TestNodeHandle(t *testing.T) {
 		process.on('message', () => {});`)
 	// Node keeps back what follows a handle until that is answered.
 	p.want(t, `"after"`)
-	p.Close()
+	_ = p.Close()
 	if after := descriptors(t); after > before+3 { // epoll and its poller
 		t.Errorf("%d descriptors before, %d after: passed ones were kept", before, after)
 	}
@@ -353,7 +353,7 @@ func TestCloseFromHandlers(t *testing.T) {
 	got := make(chan string, 10)
 	ready := make(chan *Channel, 1)
 	c, err := h.Open(parent, Handlers{
-		OnMessage: func(m json.RawMessage) { c := <-ready; got <- string(m); c.Close() },
+		OnMessage: func(m json.RawMessage) { c := <-ready; got <- string(m); _ = c.Close() },
 		OnClose:   func(err error) { got <- fmt.Sprint("closed: ", err) },
 	})
 	if err != nil {
@@ -392,7 +392,7 @@ func TestCloseWithDuplicate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.Close()
+	_ = c.Close()
 	if _, err := child.WriteString("1\n"); err != nil {
 		t.Fatal(err)
 	}
