@@ -18,6 +18,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // API is the version of the HTTP API this package speaks. It grows when an
@@ -289,6 +291,18 @@ func (c *Client) do(ctx context.Context, method, path string, query url.Values, 
 		req.Header.Set("Content-Type", "application/json")
 	}
 	resp, err := c.http.Do(req)
+	for end := time.Now().Add(betweenControllers); err != nil && c.restarting(err) && time.Now().Before(end); {
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(2 * time.Millisecond):
+		}
+		again := req.Clone(ctx)
+		if req.GetBody != nil {
+			again.Body, _ = req.GetBody() // of a bytes.Reader: it cannot fail
+		}
+		resp, err = c.http.Do(again)
+	}
 	if err != nil {
 		return nil, c.explain(ctx, err)
 	}
@@ -297,6 +311,25 @@ func (c *Client) do(ctx context.Context, method, path string, query url.Values, 
 		return nil, refusal(resp)
 	}
 	return resp, nil
+}
+
+// betweenControllers is how long a call waits for a daemon that has no
+// controller at the moment.
+const betweenControllers = 5 * time.Second
+
+// restarting says whether a call failed only because the daemon's controller
+// has just died or been replaced: nobody listens, but the keeper holds its
+// lock.
+func (c *Client) restarting(err error) bool {
+	if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.ENOENT) {
+		return false
+	}
+	f, err := os.Open(filepath.Join(c.home, "keeper.lock"))
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	return errors.Is(unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
 }
 
 // timeless says whether a call is the same in all versions of the API: what
@@ -317,6 +350,9 @@ func (c *Client) explain(ctx context.Context, err error) error {
 		}
 		for _, none := range []syscall.Errno{syscall.ENOENT, syscall.ECONNREFUSED, syscall.ENOTDIR, syscall.ENOTSOCK, syscall.EPROTOTYPE} {
 			if errors.Is(err, none) {
+				if c.restarting(err) {
+					return fmt.Errorf("%w in %s: its keeper lives, but no controller comes up; see %s", ErrUnreachable, c.home, filepath.Join(c.home, "logs", "daemon.log"))
+				}
 				return fmt.Errorf("%w in %s", ErrUnreachable, c.home)
 			}
 		}

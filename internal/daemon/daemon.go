@@ -68,6 +68,7 @@ type Daemon struct {
 	sampler  *sampler
 	versions *packageVersions
 	timers   *timers
+	quiet    *time.Timer     // gives memory back when nothing has happened for a while
 	gone     <-chan struct{} // closed when the keeper is gone
 
 	// act serialises what changes the set of apps; supervision needs no lock.
@@ -158,6 +159,9 @@ func RunController(ctx context.Context, o Options, keeperFD int) error {
 	}
 	d, err := newDaemon(o, client, inventory)
 	if err != nil {
+		// Trying again would change nothing. Where programs live the keeper
+		// refuses: they are not to be harmed by a file that cannot be read.
+		_ = client.Shutdown(ctx, false)
 		return err
 	}
 	return d.serve(ctx)
@@ -173,7 +177,8 @@ func newDaemon(o Options, k *keeper.Client, inv *keeper.Inventory) (*Daemon, err
 		inventory: inventoryFacts{keeperPID: inv.Keeper.PID, started: inv.Started, restarts: inv.Restarts, cgroup: inv.Cgroup},
 		keeper:    k, gone: k.Done(), bus: newBus(), versions: &packageVersions{},
 		apps: map[string]*app{}, instances: map[int]*instance{}, nextID: st.NextID, sups: map[string]*supervise.Supervisor{},
-		quit: make(chan struct{}), notifyPath: "@remuda-" + Tag(o.Home),
+		quiet: time.AfterFunc(quietFor, keeper.GiveBack),
+		quit:  make(chan struct{}), notifyPath: "@remuda-" + Tag(o.Home),
 	}
 	d.hardMemory = inv.Memory != "" && !strings.HasPrefix(inv.Memory, "none")
 	for _, w := range []string{warning, inv.Notice} {
@@ -214,7 +219,7 @@ func (d *Daemon) serve(ctx context.Context) error {
 		return err
 	}
 	srv := &http.Server{
-		Handler:           api.Handler(d, d.version),
+		Handler:           d.noticing(api.Handler(d, d.version)),
 		ReadHeaderTimeout: 10 * time.Second,
 		MaxHeaderBytes:    64 << 10,
 		ErrorLog:          slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
@@ -226,8 +231,7 @@ func (d *Daemon) serve(ctx context.Context) error {
 	}
 	d.event(nil, "daemon.started", os.Getpid(), fmt.Sprintf("controller %d of keeper %d", os.Getpid(), d.inventory.keeperPID))
 	d.log.Info("controller ready", "pid", os.Getpid(), "instances", len(d.instances), "took", time.Since(d.started).Round(time.Microsecond))
-	debug.FreeOSMemory() // what decoding and restoring left behind
-
+	d.quiet.Reset(quietFor)
 	for {
 		select {
 		case err := <-served:

@@ -3,6 +3,7 @@ package daemon
 import (
 	"fmt"
 	"os"
+	"os/user"
 	"strconv"
 	"strings"
 	"sync"
@@ -195,6 +196,7 @@ func (d *Daemon) event(i *instance, typ string, pid int, text string) {
 		e.App, e.ID = i.app, i.id
 	}
 	d.bus.publish(e)
+	d.quiet.Reset(quietFor)
 }
 
 // packageVersions remembers the version in the package.json beside a script.
@@ -229,11 +231,10 @@ func idOf(target string) (int, bool) {
 	return n, err == nil && n >= 0
 }
 
+// currentUser is the name of the user the daemon runs as, or its number.
 func currentUser() string {
-	for _, name := range []string{"USER", "LOGNAME"} {
-		if u := os.Getenv(name); u != "" {
-			return u
-		}
+	if u, err := user.LookupId(strconv.Itoa(os.Geteuid())); err == nil {
+		return u.Username
 	}
 	return strconv.Itoa(os.Geteuid())
 }

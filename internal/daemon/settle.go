@@ -104,6 +104,9 @@ func verdict(st supervise.Status, begin time.Time) string {
 		if st.State == supervise.StateErrored && st.Reason != "" {
 			return how + "; " + st.Reason
 		}
+		if ran := e.At.Sub(begin); ran < 2*restMost {
+			how += " at once"
+		}
 		return how
 	case st.State == supervise.StateErrored:
 		return st.Reason

@@ -320,7 +320,7 @@ func (k *keeper) loop(ctx context.Context, signals <-chan os.Signal) error {
 
 		case <-trim.C:
 			trimming = false
-			giveBack()
+			GiveBack()
 
 		case <-watchdog:
 			k.manager.notify("WATCHDOG=1")

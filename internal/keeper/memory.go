@@ -15,11 +15,13 @@ import (
 func tune() {
 	debug.SetGCPercent(30)
 	runtime.GOMAXPROCS(min(2, runtime.NumCPU()))
-	giveBack()
+	GiveBack()
 }
 
-// giveBack returns memory that is not in use.
-func giveBack() {
+// GiveBack returns memory of this process that is not in use to the system: free
+// heap, and pages of the executable that only its start needed. It takes some
+// milliseconds.
+func GiveBack() {
 	debug.FreeOSMemory()
 	dropFilePages()
 }
