@@ -96,8 +96,8 @@ func (p *period) end(cause string, force bool) {
 	}
 	s.active = false
 	p.cause = cause
-	s.endAll(s.order, toStop, cause)
+	s.endAll(s.order, toStop, "its supervisor: "+cause)
 	if force {
-		s.killAll(cause)
+		s.killAll("its supervisor: " + cause)
 	}
 }
