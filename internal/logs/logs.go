@@ -125,7 +125,8 @@ type Options struct {
 	// IdleClose is how long after the last output a log file is closed;
 	// default 30 s.
 	IdleClose time.Duration
-	// MaxOpen bounds how many log files are open at a time; default 256.
+	// MaxOpen bounds how many log files are open at a time (each needs two to
+	// four descriptors); default 1024, or 256 where few may be open.
 	MaxOpen int
 }
 

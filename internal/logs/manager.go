@@ -65,6 +65,10 @@ func New(o Options) (*Manager, error) {
 	}
 	if o.MaxOpen <= 0 {
 		o.MaxOpen = 256
+		var lim unix.Rlimit
+		if unix.Getrlimit(unix.RLIMIT_NOFILE, &lim) == nil && lim.Cur >= 8192 {
+			o.MaxOpen = 1024
+		}
 	}
 	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {

@@ -189,6 +189,11 @@ func (s *sink) ready(c *Capture) error {
 
 // begin does what comes before the first byte of c.
 func (s *sink) begin(c *Capture) error {
+	if s.ck != nil {
+		if err := s.openSpool(c); err != nil {
+			return err
+		}
+	}
 	if c.begun {
 		return nil
 	}
@@ -206,9 +211,6 @@ func (s *sink) begin(c *Capture) error {
 			s.idx.mark(s.size, s.m.now(), true)
 		}
 	} else {
-		if err := s.openSpool(c); err != nil {
-			return err
-		}
 		c.start = s.size
 	}
 	c.begun, c.ino = true, s.ino
