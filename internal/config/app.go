@@ -34,10 +34,10 @@ type App struct {
 	// only), else nothing.
 	Env        map[string]string `json:"env,omitempty"`
 	InheritEnv bool              `json:"inherit_env,omitempty"`
-	// EnvKeys names the variables of Env that the file or command line itself
-	// gives, sorted; the others were taken over from the caller's environment
-	// and do not count in [Diff]. Only set where InheritEnv is not.
-	EnvKeys []string `json:"env_keys,omitempty"`
+	// EnvKeys names the variables of Env that the file or command line gives
+	// itself, sorted; the others were taken over from the caller's environment
+	// and do not count in [Diff]. nil: all of Env is given; empty: none is.
+	EnvKeys []string `json:"env_keys,omitzero"`
 
 	Instances   int    `json:"instances"`              // ≥ 1, unless scaled to 0
 	InstanceVar string `json:"instance_var,omitempty"` // default NODE_APP_INSTANCE

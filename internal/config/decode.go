@@ -131,6 +131,9 @@ fields:
 				}
 				continue fields
 			}
+		}
+		for i := range v.NumField() {
+			sf := v.Type().Field(i)
 			if pre := sf.Tag.Get("prefix"); pre != "" && strings.HasPrefix(f.key, pre) && f.key != pre {
 				if v.Field(i).IsNil() {
 					v.Field(i).Set(reflect.MakeMap(sf.Type))

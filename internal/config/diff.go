@@ -89,7 +89,7 @@ func (d *differ) env(old, updated *App) {
 	own := func(a *App) map[string]bool {
 		m := map[string]bool{}
 		keys := a.EnvKeys
-		if a.InheritEnv || a.EnvKeys == nil {
+		if a.EnvKeys == nil {
 			keys = slices.Collect(maps.Keys(a.Env))
 		}
 		for _, k := range keys {

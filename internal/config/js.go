@@ -217,6 +217,13 @@ func jsError(path, stack string) error {
 	if msg == "" {
 		msg, _, _ = strings.Cut(strings.TrimSpace(stack), "\n")
 	}
+	// goja writes positions into its messages.
+	if m := regexp.MustCompile(`(?:` + quoted + `: )?Line (\d+):(\d+) `).FindStringSubmatch(msg); m != nil && line == 0 {
+		line, _ = strconv.Atoi(m[1])
+		col, _ = strconv.Atoi(m[2])
+		msg = strings.Replace(msg, m[0], "", 1)
+	}
+	msg = regexp.MustCompile(` at (?:\S+ \()?`+quoted+`:\d+:\d+.*$`).ReplaceAllString(msg, "")
 	if strings.Contains(msg, "is not defined in ES module scope") {
 		msg += " (the package.json above says type: module; name the file .cjs)"
 	}

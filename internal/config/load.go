@@ -218,6 +218,7 @@ func load(ctx context.Context, path, dir string, data []byte, opts LoadOptions) 
 			p, warnings = l.problems, l.warnings
 		}
 	}
+	slices.SortStableFunc(warnings, func(a, b Warning) int { return a.Line - b.Line })
 	if len(p.list) == 0 {
 		for _, s := range validateSet(f.Apps, f.Groups, nil) {
 			line, col := blame(s)

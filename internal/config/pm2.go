@@ -151,7 +151,7 @@ func camel(s string) string {
 
 func (l *pm2Loader) warn(line int, key, text string) {
 	if line == 0 && key != "" {
-		line = l.lineOf(key)
+		line = l.lineOf(key[strings.LastIndexByte(key, '.')+1:])
 	}
 	l.warnings = append(l.warnings, Warning{File: l.file, Line: line, Key: key, Text: oneLine(text)})
 }
@@ -318,21 +318,16 @@ func (a *pm2App) index() {
 }
 
 // base is what relative paths are relative to: the caller's working
-// directory, as PM2 has it. Where the script is not there but is beside the
-// file, the file's folder is meant.
+// directory, as PM2 has it. Where the app's cwd, or its script if it has no
+// cwd, is not there but is beside the file, the file's folder is meant.
 func (a *pm2App) base(script string) string {
 	cwd := a.opts.Cwd
-	if cwd == a.dir || filepath.IsAbs(script) || strings.HasPrefix(script, "~") {
-		return cwd
-	}
-	probe, other := script, script
+	probe := script
 	if dir := a.str("cwd"); dir != "" {
-		if filepath.IsAbs(dir) || strings.HasPrefix(dir, "~") {
-			return cwd
-		}
-		probe, other = filepath.Join(dir, script), filepath.Join(dir, script)
+		probe = dir
 	}
-	if exists(filepath.Join(cwd, probe)) || !exists(filepath.Join(a.dir, other)) {
+	if cwd == a.dir || filepath.IsAbs(probe) || strings.HasPrefix(probe, "~") ||
+		exists(filepath.Join(cwd, probe)) || !exists(filepath.Join(a.dir, probe)) {
 		return cwd
 	}
 	return a.dir
@@ -618,7 +613,8 @@ func (a *pm2App) env(deploy *node) {
 
 // setEnv puts own over inherited and notes which are own.
 func (a *App) setEnv(inherited, own map[string]string) {
-	a.EnvKeys = slices.Sorted(maps.Keys(own))
+	a.EnvKeys = slices.AppendSeq(make([]string, 0, len(own)), maps.Keys(own))
+	slices.Sort(a.EnvKeys)
 	maps.Copy(inherited, own)
 	a.Env = inherited
 }

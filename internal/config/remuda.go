@@ -421,9 +421,6 @@ func (l *remudaLoader) app(entry field, rf *remudaFile, shared map[string]string
 		a.Stop.Message = s.Message
 	}
 	a.Env = l.env(&r, rf, vars)
-	if !a.InheritEnv {
-		a.EnvKeys = slices.Sorted(maps.Keys(a.Env))
-	}
 	l.watch(&a, r.Watch)
 	if argv, ok := r.Run.argv(&l.decoder, r.Shell, what+": run"); ok {
 		l.command(&a, argv, r.Shell, orNode(r.Run.n, entry.val))

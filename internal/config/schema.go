@@ -8,6 +8,10 @@ import (
 	"github.com/invopop/jsonschema"
 )
 
+// envKey is every env_NAME but env_file, without the lookahead that not all
+// validators have.
+const envKey = `^env_([^f].*|f([^i].*)?|fi([^l].*)?|fil([^e].*)?|file.+)$`
+
 // Schema is the JSON Schema of remuda.yaml, for editors. It comes from the
 // structs the file is decoded into.
 func Schema() ([]byte, error) {
@@ -36,7 +40,7 @@ func Schema() ([]byte, error) {
 	}
 	if app, ok := s.Definitions["App"]; ok {
 		app.Required = []string{"run"}
-		app.PatternProperties = map[string]*jsonschema.Schema{"^env_.": schemaOf(reflect.TypeFor[envMap]())}
+		app.PatternProperties = map[string]*jsonschema.Schema{envKey: schemaOf(reflect.TypeFor[envMap]())}
 	}
 	str := func() *jsonschema.Schema { return &jsonschema.Schema{Type: "string"} }
 	list := func() *jsonschema.Schema { return &jsonschema.Schema{Type: "array", Items: scalarSchema()} }
