@@ -33,7 +33,7 @@ func BenchmarkKillToStart(b *testing.B) {
 		quiet := ChildFunc(func(context.Context, Attempt) (Run, error) { return &bareRun{done: make(chan struct{})}, nil })
 		must(b, s.Add(Spec{Name: fmt.Sprint(i), Child: quiet}, true))
 	}
-	must(b, s.Add(Spec{Name: "a", Child: child, MaxRestarts: -1}, true))
+	must(b, s.Add(Spec{Name: "a", Child: child, MaxRestarts: -1, MinUptime: -1}, true))
 	r := <-started
 	b.ReportAllocs()
 	for b.Loop() {

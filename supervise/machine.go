@@ -29,6 +29,13 @@ const (
 // this one are held back.
 const stuckAfter = 5 * time.Second
 
+// A child that may be restarted without limit and without a delay would keep a
+// core busy if it cannot even start.
+const (
+	spinAfter = 16 // unstable runs in a row
+	spinDelay = 100 * time.Millisecond
+)
+
 type child struct {
 	spec     Spec
 	seq      uint64
@@ -810,14 +817,17 @@ func times(n int, what string) string {
 
 // delay is the wait before the restart after an end that was just counted.
 func (s *Supervisor) delay(c *child) time.Duration {
-	b := c.spec.Backoff
-	if b.Initial <= 0 {
-		return max(c.spec.Delay, 0)
+	wait := max(c.spec.Delay, 0)
+	if b := c.spec.Backoff; b.Initial > 0 {
+		wait = 0
+		if c.unstable > 0 {
+			wait = time.Duration(s.opt.Rand() * float64(b.bound(c.unstable)))
+		}
 	}
-	if c.unstable == 0 {
-		return 0
+	if c.unstable > spinAfter {
+		wait = max(wait, spinDelay)
 	}
-	return time.Duration(s.opt.Rand() * float64(b.bound(c.unstable)))
+	return wait
 }
 
 // bound is the longest wait before the n-th restart in a row.

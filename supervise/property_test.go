@@ -79,6 +79,7 @@ func genPlan(t *rapid.T) plan {
 		opt: Options{
 			Strategy:    rapid.SampledFrom([]Strategy{OneForOne, OneForOne, OneForAll, RestForOne}).Draw(t, "strategy"),
 			MaxRestarts: rapid.SampledFrom([]int{0, 0, 4}).Draw(t, "sup max"),
+			Nested:      rapid.IntRange(0, 2).Draw(t, "nested") == 0,
 			Starts:      rapid.SampledFrom([]int{1, 2, 16}).Draw(t, "starts"),
 		},
 		rnd: rapid.SliceOfN(rapid.Float64Range(0.01, 0.999), 1, 4).Draw(t, "rand"),
@@ -99,7 +100,7 @@ func genPlan(t *rapid.T) plan {
 	for range rapid.IntRange(5, 40).Draw(t, "ops") {
 		o := op{
 			wait: rapid.SampledFrom(waits).Draw(t, "wait"),
-			kind: rapid.SampledFrom([]string{"start", "start", "stop", "stop", "restart", "restart", "fail", "crash", "crash", "crash", "unready", "ready", "remove", "add", "add", "update", "reset", "all"}).Draw(t, "kind"),
+			kind: rapid.SampledFrom([]string{"start", "start", "stop", "stop", "restart", "restart", "fail", "crash", "crash", "crash", "unready", "ready", "remove", "add", "add", "update", "reset", "all", "period"}).Draw(t, "kind"),
 			spec: rapid.IntRange(0, len(p.specs)-1).Draw(t, "spec"),
 			code: rapid.SampledFrom([]int{0, 1, 7}).Draw(t, "code"),
 		}
@@ -143,12 +144,35 @@ func (p *plan) play(t *testing.T) error {
 			w.setWant(false, sp.Name)
 		}
 	}
+	// A nested supervisor is started and stopped as its parent would.
+	var period Run
+	idle := func(idle bool) {
+		w.mu.Lock()
+		w.idle = idle
+		w.mu.Unlock()
+	}
+	begin := func() {
+		idle(false)
+		run, err := s.AsChild().Start(ctx, Attempt{})
+		if err != nil {
+			w.bad("nested: %v", err)
+		}
+		period = run
+	}
+	idle(opt.Nested)
 	for j, sp := range p.specs[:len(p.scripts)] {
 		add(sp, j%3 != 2)
 	}
 	for n, o := range p.ops {
 		time.Sleep(o.wait)
 		synctest.Wait()
+		if period != nil && closed(period.Done()) {
+			idle(true)
+			if e := period.Exit(); e.Failed != strings.Contains(e.Err, "gave up") {
+				w.bad("nested: %+v", e)
+			}
+			period = nil
+		}
 		w.check(s)
 		if err := w.verdict(); err != nil {
 			return fmt.Errorf("before op %d: %w", n, err)
@@ -168,6 +192,19 @@ func (p *plan) play(t *testing.T) error {
 				if err := s.Update(sp); err != nil && !errors.Is(err, ErrCycle) {
 					return err
 				}
+			}
+			continue
+		}
+		if o.kind == "period" && opt.Nested {
+			switch {
+			case period == nil:
+				begin()
+			case o.code == 0:
+				idle(true)
+				period.Kill("parent")
+			default:
+				idle(true)
+				period.Stop("parent")
 			}
 			continue
 		}
@@ -214,7 +251,14 @@ func (p *plan) play(t *testing.T) error {
 			go func() { done <- s.Remove(c, names...) }()
 			if o.code == 0 {
 				synctest.Wait() // let it begin, go on beside it
-				go func() { <-done; stop() }()
+				go func() {
+					if err := <-done; err != nil && !errors.Is(err, ErrClosed) {
+						w.mu.Lock()
+						w.bad("remove: %v", err)
+						w.mu.Unlock()
+					}
+					stop()
+				}()
 			} else {
 				err = <-done
 				stop()
@@ -232,6 +276,14 @@ func (p *plan) play(t *testing.T) error {
 	w.mu.Unlock()
 	time.Sleep(time.Hour)
 	synctest.Wait()
+	if opt.Nested && (period == nil || closed(period.Done())) {
+		begin()
+		time.Sleep(time.Hour)
+		synctest.Wait()
+	}
+	if period != nil && closed(period.Done()) {
+		idle(true)
+	}
 	w.check(s)
 	for _, st := range s.All() {
 		ok := false
@@ -241,7 +293,7 @@ func (p *plan) play(t *testing.T) error {
 		case StateStarting: // allowed only to a run that never gets ready
 			ok = st.Wanted && st.Run != nil && st.Run.(*fakeRun).sc.Ready < 0
 		case StateStopped:
-			ok = !st.Wanted || st.LastExit != nil && st.Reason != ""
+			ok = !st.Wanted || w.idle || st.LastExit != nil && st.Reason != ""
 		case StateErrored:
 			ok = st.Wanted && st.Reason != ""
 		case StateWaiting:
@@ -263,6 +315,9 @@ func (p *plan) play(t *testing.T) error {
 		if !Ended(st) || st.Run != nil {
 			w.bad("%s: is %s after the shutdown", st.Name, st.State)
 		}
+	}
+	if period != nil && !closed(period.Done()) {
+		w.bad("nested: not done after the shutdown")
 	}
 	for name, k := range w.kids {
 		if len(k.live)+k.calls > 0 {

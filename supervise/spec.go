@@ -129,7 +129,8 @@ type Spec struct {
 	MinUptime time.Duration
 	// MaxRestarts is the restart intensity: one more restart than that within
 	// Window, and the child is errored. With Window 0, that many unstable runs
-	// in a row. 0: 16; below 0: no limit.
+	// in a row. 0: 16; below 0: no limit, but from the 17th unstable run in a row
+	// on each restart waits 100 ms at least.
 	MaxRestarts int
 	Window      time.Duration
 	// Delay is a fixed wait before each restart that was not asked for. It is
@@ -180,7 +181,8 @@ type Strategy uint8
 
 // The strategies. Siblings are stopped in reverse dependency order and
 // started in dependency order when all of them have ended. Siblings that are
-// stopped, completed or errored stay so.
+// stopped, completed or errored stay so. A child that is errored itself, or
+// stays stopped by its policy, leaves its siblings as they are.
 const (
 	OneForOne  Strategy = iota // the child alone
 	OneForAll                  // all siblings too
@@ -191,7 +193,8 @@ const (
 type Options struct {
 	Strategy Strategy
 	// MaxRestarts within Window over all children: one more, and the
-	// supervisor gives up; all its children are stopped and errored. 0 or
+	// supervisor gives up: all its children are stopped and errored, until they
+	// are started again, or its parent starts it again where it is nested. 0 or
 	// below: no limit. Window 0: five seconds.
 	MaxRestarts int
 	Window      time.Duration
@@ -231,7 +234,8 @@ type Status struct {
 	Name  string
 	Group string
 	State State
-	// Wanted is what was asked for last: true after Start, false after Stop.
+	// Wanted is what was asked for last: true after Start, false after Stop. It
+	// outlives Shutdown, Detach and a stop of a nested supervisor.
 	Wanted bool
 	// Run is the run that lives, nil where none does.
 	Run Run

@@ -75,6 +75,7 @@ func TestPolicies(t *testing.T) {
 		{"not ready in time is never stable", Spec{MaxRestarts: 2, ReadyTimeout: 50 * time.Second}, script{Ready: -1}, StateErrored, "2 unstable runs in a row: not ready within 50s", 2},
 		{"slow start", Spec{Restart: Never, StartTimeout: time.Second}, script{Start: time.Hour}, StateErrored, "start took longer than 1s", 1},
 		{"late run", Spec{Restart: Never, StartTimeout: time.Second}, script{Start: 2 * time.Second, Deaf: true}, StateErrored, "SIGKILL (start timed out)", 1},
+		{"unlimited without delay", Spec{MaxRestarts: -1}, script{Err: true}, StateBackoff, "no such file", 17 + 1150},
 		{"unlimited", Spec{MaxRestarts: -1, Delay: 10 * time.Second}, script{Life: 1, Code: 1}, StateBackoff, "exited with code 1", 12},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -182,7 +183,11 @@ func TestBackoffBounds(t *testing.T) {
 			}
 			last = d
 			c := &child{spec: Spec{Backoff: b}, unstable: n}
-			if w := s.delay(c); w < 0 || w > d {
+			top := d
+			if n > spinAfter {
+				top = max(d, spinDelay)
+			}
+			if w := s.delay(c); w < 0 || w > top {
 				t.Fatalf("wait %s outside of 0…%s", w, d)
 			}
 			c.unstable = 0

@@ -34,6 +34,7 @@ type world struct {
 	errs   []string
 	log    []string
 	onCall func(what, name string) // under mu
+	idle   bool                    // the model: the supervisor is nested and not started
 }
 
 type kid struct {
@@ -93,7 +94,7 @@ func (k *kid) Start(ctx context.Context, a Attempt) (Run, error) {
 	if k.calls > 0 || len(k.live) > 0 {
 		k.w.bad("%s: start while %d starts and %d runs are alive", k.name, k.calls, len(k.live))
 	}
-	if !k.want {
+	if !k.want || k.w.idle {
 		k.w.bad("%s: started after a requested stop", k.name)
 	}
 	k.calls++
@@ -271,7 +272,7 @@ func (w *world) check(s *Supervisor) {
 			w.bad("%s: the supervisor has lost its run; state %s", name, st.State)
 		case len(k.live) == 0 && st.Run != nil:
 			w.bad("%s: the supervisor has a dead run; state %s", name, st.State)
-		case len(k.live)+k.calls > 0 && !k.want && st.State != StateStopping:
+		case len(k.live)+k.calls > 0 && (!k.want || w.idle) && st.State != StateStopping:
 			w.bad("%s: lives, is not wanted and is %s", name, st.State)
 		case len(k.live)+k.calls > 0 && Ended(st):
 			w.bad("%s: lives and is %s", name, st.State)
