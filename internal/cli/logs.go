@@ -292,6 +292,7 @@ func (w *logWriter) line(l client.LogLine) error {
 // tabs and colours. Programs colour their output, so escape sequences that end
 // in m stay.
 func tame(s string) string {
+	s = strings.TrimSuffix(s, "\r")
 	if !strings.ContainsFunc(s, func(r rune) bool { return r < 0x20 && r != '\t' || r == 0x7f || r >= 0x80 && r < 0xa0 }) {
 		return s
 	}
@@ -309,9 +310,6 @@ func tame(s string) string {
 				i = end + 1
 				continue
 			}
-		}
-		if s[i] == '\r' && i == len(s)-1 {
-			break
 		}
 		next := i + 1
 		for next < len(s) && s[next] != 0x1b {

@@ -176,7 +176,7 @@ func span(d time.Duration) string {
 	case d < 48*time.Hour:
 		return fmt.Sprintf("%dh", d/time.Hour)
 	}
-	return fmt.Sprintf("%dD", d/(24*time.Hour))
+	return fmt.Sprintf("%dd", d/(24*time.Hour))
 }
 
 // size is a number of bytes as a person reads it.
