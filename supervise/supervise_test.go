@@ -792,3 +792,34 @@ func TestStorm(t *testing.T) {
 	must(t, s.Shutdown(ctx))
 	must(t, w.verdict())
 }
+
+func TestRoundsOverlap(t *testing.T) {
+	bubble(t, Options{Strategy: RestForOne}, func(t *testing.T, w *world, s *Supervisor) {
+		w.add(t, s, Spec{Name: "before"})
+		w.add(t, s, Spec{Name: "a", Delay: 2 * time.Second, DependsOn: []Dep{{"late", DepReady}}})
+		w.add(t, s, Spec{Name: "b"})
+		w.add(t, s, Spec{Name: "c", Grace: time.Minute}, script{OnStop: 10 * time.Second})
+		w.add(t, s, Spec{Name: "late"})
+		synctest.Wait()
+		w.crash("a", 1)
+		synctest.Wait()
+		w.add(t, s, Spec{Name: "e", Delay: time.Second})
+		must(t, s.Update(Spec{Name: "c", Child: w.kids["c"], DependsOn: []Dep{{"e", DepReady}}}))
+		time.Sleep(time.Second)
+		state(t, s, "b", StateWaiting, "waits for its siblings, after a failed")
+		state(t, s, "c", StateStopping, "a: exited with code 1")
+		w.crash("e", 1)
+		time.Sleep(time.Second) // e has taken c over: a need not wait for it
+		state(t, s, "a", StateOnline, "")
+		state(t, s, "b", StateOnline, "")
+		state(t, s, "e", StateWaiting, "waits for its siblings")
+		time.Sleep(10 * time.Second)
+		state(t, s, "e", StateOnline, "")
+		state(t, s, "c", StateOnline, "")
+		for n, want := range map[string]int{"before": 1, "late": 1, "a": 2, "b": 2, "c": 2, "e": 2} {
+			if got := w.kids[n].n; got != want { // late came after a, but a depends on it
+				t.Errorf("%s: %d starts, want %d", n, got, want)
+			}
+		}
+	})
+}
