@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -168,7 +169,7 @@ func barred(path string, c *Credential) string {
 		switch {
 		case st.Uid == uid:
 			bits = st.Mode >> 6 & 0o7
-		case st.Gid == gid || contains(groups, st.Gid):
+		case st.Gid == gid || slices.Contains(groups, st.Gid):
 			bits = st.Mode >> 3 & 0o7
 		}
 		if bits&1 == 0 {
@@ -176,13 +177,4 @@ func barred(path string, c *Credential) string {
 		}
 	}
 	return ""
-}
-
-func contains(groups []uint32, g uint32) bool {
-	for _, x := range groups {
-		if x == g {
-			return true
-		}
-	}
-	return false
 }

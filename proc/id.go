@@ -75,6 +75,7 @@ type stat struct {
 	pid, ppid, pgrp, session int
 	threads                  int
 	state                    byte
+	exiting                  bool // it is past the point of no return, though not yet dead
 	start                    uint64
 }
 
@@ -119,6 +120,10 @@ func parseStat(b []byte) (st stat, ok bool) {
 			st.pgrp, ok = atoi(f)
 		case 6:
 			st.session, ok = atoi(f)
+		case 9:
+			var flags int
+			flags, ok = atoi(f)
+			st.exiting = flags&0x4 != 0 // PF_EXITING
 		case 20:
 			st.threads, ok = atoi(f)
 		case 22:

@@ -254,7 +254,7 @@ func runFamily(t *testing.T, s Spawner, mode string, n int) (Process, []int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := spawn(t, s, Spec{Key: "family", Path: exe, Env: []string{modeVar + "=" + mode, "GORACE=" + os.Getenv("GORACE")}, Files: []*os.File{nil, os.Stdout, os.Stderr, w}})
+	p := spawn(t, s, Spec{Key: "family", Path: exe, Env: []string{modeVar + "=" + mode, "GORACE=atexit_sleep_ms=0"}, Files: []*os.File{nil, os.Stdout, os.Stderr, w}})
 	w.Close()
 	if err := r.SetReadDeadline(time.Now().Add(patience)); err != nil {
 		t.Fatal(err)
@@ -283,6 +283,20 @@ func checkGone(t *testing.T, pids []int) {
 	}
 }
 
+// waitMembers waits until the members that are to end have.
+func waitMembers(t *testing.T, p Process, want int) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		members, err := p.Members()
+		if err == nil && len(members) == want {
+			return
+		}
+		if err != nil || time.Now().After(deadline) {
+			t.Fatalf("members %v, want %d: %v", members, want, err)
+		}
+	}
+}
+
 func TestKillTree(t *testing.T) {
 	for _, mode := range []string{"family", "family-exit"} {
 		t.Run(mode, func(t *testing.T) {
@@ -293,14 +307,11 @@ func TestKillTree(t *testing.T) {
 					t.Fatalf("exit %v", exit)
 				}
 			}
-			members, err := p.Members()
 			want := 3
 			if mode == "family-exit" {
 				want = 2
 			}
-			if err != nil || len(members) != want {
-				t.Errorf("members %v of %v: %v", members, pids, err)
-			}
+			waitMembers(t, p, want)
 			if err := p.SignalTree(unix.SIGTERM); err != nil {
 				t.Errorf("SIGTERM: %v", err)
 			}
@@ -326,6 +337,7 @@ func TestSweep(t *testing.T) {
 	d := newDirect(t)
 	p, pids := runFamily(t, d, "family-exit", 3)
 	wait(t, p)
+	waitMembers(t, p, 2)
 	if n, err := Sweep(testContext(t), testTag()); n != 0 || err != nil {
 		t.Errorf("sweep of another tag: %d, %v", n, err)
 	}

@@ -61,8 +61,7 @@ func Sweep(ctx context.Context, tag string) (killed int, err error) {
 		}
 		in := make(map[int]bool)
 		for _, st := range all {
-			// Kernel threads and init have no mark; reading theirs is waste.
-			if !spare[st.pid] && st.pid != 1 && st.ppid != 2 && strings.HasPrefix(runMark(st.pid), tag+"-") {
+			if !spare[st.pid] && strings.HasPrefix(runMark(st), tag+"-") {
 				in[st.pid] = true
 			}
 		}

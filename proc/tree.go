@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"sync"
 	"syscall"
@@ -37,8 +38,7 @@ func (t *Tree) Reap() (exit Exit, done bool) {
 	var ws unix.WaitStatus
 	var ru unix.Rusage
 	t.mu.Lock()
-	// The pid leaves the table before it can be reused.
-	t.l.mu.Lock()
+	t.l.mu.Lock() // the pid leaves the table before it can be reused; see also roots
 	pid, err := wait4(t.id.PID, &ws, unix.WNOHANG, &ru)
 	if pid == t.id.PID || err == unix.ECHILD {
 		delete(t.l.leaders, t.id.PID)
@@ -65,7 +65,7 @@ func (t *Tree) Reap() (exit Exit, done bool) {
 
 // PeekExited waits until a child of the calling process, any child, has ended
 // and returns its pid. The child stays a zombie, so that its pid cannot be
-// reused before [Tree.Reap] or [ReapStranger] is called under the caller's
+// reused before [Tree.Reap] or [Launcher.ReapStranger] is called under the caller's
 // lock. The error is [syscall.ECHILD] where there is no child at all.
 func PeekExited() (pid int, err error) {
 	for {
@@ -78,7 +78,9 @@ func PeekExited() (pid int, err error) {
 
 // ReapStranger frees the pid of an ended child that is no run's leader: an
 // orphan that this process inherited. It reports its exit.
-func ReapStranger(pid int) (exit Exit, done bool) {
+func (l *Launcher) ReapStranger(pid int) (exit Exit, done bool) {
+	l.mu.Lock() // see Tree.roots
+	defer l.mu.Unlock()
 	var ws unix.WaitStatus
 	if n, err := wait4(pid, &ws, unix.WNOHANG, nil); err != nil || n != pid {
 		return Exit{}, false
@@ -238,10 +240,19 @@ func leftError(pids []int, err error) error {
 // killAll kills what trace finds until it finds nothing.
 func killAll(ctx context.Context, trace func() ([]ID, error)) error {
 	pause := newPause()
+	killed := make(map[ID]bool)
 	for {
 		ids, err := trace()
 		if err != nil {
 			return err
+		}
+		if len(ids) == 0 {
+			// A process that is ending cannot be traced but is still there.
+			for id := range killed {
+				if id.Alive() {
+					ids = append(ids, id)
+				}
+			}
 		}
 		if len(ids) == 0 {
 			return nil
@@ -263,6 +274,7 @@ func killAll(ctx context.Context, trace func() ([]ID, error)) error {
 		}
 		denied := 0
 		for id := range stopped {
+			killed[id] = true
 			if errors.Is(id.Signal(unix.SIGKILL), unix.EPERM) {
 				denied++
 			}
@@ -330,44 +342,75 @@ func (t *Tree) trace() ([]ID, error) {
 // traceChildren uses that every process of the run is a descendant of this
 // process, and of the leader or of an orphan that this process inherited.
 func (t *Tree) traceChildren() ([]ID, error) {
-	children, err := childrenOf(os.Getpid(), nil)
+	roots, err := t.roots()
 	if err != nil {
 		return nil, err
 	}
 	var ids []ID
-	var queue []int
-	for _, pid := range children {
-		t.l.mu.Lock()
-		leader := t.l.leaders[pid]
-		t.l.mu.Unlock()
-		if leader != nil && leader != t {
-			continue // another run's: nothing of ours is below it
-		}
-		st, err := readStat(pid)
-		if err != nil || leader == nil && !t.owns(st) {
-			continue
-		}
+	for len(roots) > 0 {
+		st := roots[len(roots)-1]
+		roots = roots[:len(roots)-1]
 		if st.live() {
-			ids = append(ids, ID{PID: pid, Start: st.start})
+			ids = append(ids, ID{PID: st.pid, Start: st.start})
 		}
-		queue = append(queue, pid)
-	}
-	for len(queue) > 0 {
-		pid := queue[len(queue)-1]
-		queue = queue[:len(queue)-1]
-		below, _ := childrenOf(pid, nil) // it may have ended meanwhile
+		below, _ := childrenOf(st.pid, nil) // it may have ended meanwhile
 		for _, c := range below {
-			st, err := readStat(c)
-			if err != nil {
-				continue
+			if st, err := readStat(c); err == nil {
+				roots = append(roots, st)
 			}
-			if st.live() {
-				ids = append(ids, ID{PID: c, Start: st.start})
-			}
-			queue = append(queue, c)
 		}
 	}
 	return ids, nil
+}
+
+// roots lists the children of this process that belong to the run. That it
+// finds none must be beyond doubt, for then the run is over. Three things could
+// hide one. The kernel's list of children is only reliable while none is taken
+// off it, so nothing is reaped meanwhile. A process that was below a child
+// when the list was made becomes a child when that one ends; so the list is
+// made again until no child has ended since the last time. And a child that is
+// just ending has no environment any more and may still have children; it is
+// waited for, which takes microseconds.
+func (t *Tree) roots() ([]stat, error) {
+	t.l.mu.Lock()
+	defer t.l.mu.Unlock()
+	var dead map[int]bool
+	for pass := 0; ; pass++ {
+		children, err := childrenOf(os.Getpid(), nil)
+		if err != nil {
+			return nil, err
+		}
+		if t.l.leaders[t.id.PID] == t && !slices.Contains(children, t.id.PID) {
+			children = append(children, t.id.PID)
+		}
+		var roots []stat
+		again := false
+		for _, pid := range children {
+			leader := t.l.leaders[pid]
+			if leader != nil && leader != t {
+				continue // another run's: nothing of ours is below it
+			}
+			st, err := readStat(pid)
+			if err != nil || !st.live() {
+				if !dead[pid] {
+					if dead == nil {
+						dead = make(map[int]bool)
+					}
+					dead[pid], again = true, true
+				}
+				continue
+			}
+			if leader != nil || t.owns(st) {
+				roots = append(roots, st)
+			} else if st.exiting && pass < 20 {
+				again = true
+				time.Sleep(100 * time.Microsecond)
+			}
+		}
+		if len(roots) > 0 || !again {
+			return roots, nil
+		}
+	}
 }
 
 // traceAll reads all of /proc.
@@ -413,8 +456,7 @@ func (t *Tree) owns(st stat) bool {
 	if st.pid == t.id.PID {
 		return st.start == t.id.Start
 	}
-	mark := runMark(st.pid)
-	if mark != "" {
+	if mark := runMark(st); mark != "" {
 		return mark == t.run
 	}
 	return st.session == t.id.PID || st.pgrp == t.id.PID
@@ -428,8 +470,17 @@ func (st *stat) live() bool {
 
 // runMark reads RunVar from the environment a process was started with; ""
 // where it is not there, was overwritten or may not be read.
-func runMark(pid int) string {
-	b, _ := readWhole("/proc/"+strconv.Itoa(pid)+"/environ", 4<<20)
+func runMark(st stat) string {
+	if st.pid == 2 || st.ppid == 2 || !st.live() {
+		return "" // kernel threads have none, zombies no longer
+	}
+	path := "/proc/" + strconv.Itoa(st.pid) + "/environ"
+	b, err := readWhole(path, 4<<20)
+	if err == nil && len(b) == 0 {
+		// It has none, or it is just being executed.
+		time.Sleep(time.Millisecond)
+		b, _ = readWhole(path, 4<<20)
+	}
 	for len(b) > 0 {
 		var e []byte
 		if i := bytes.IndexByte(b, 0); i >= 0 {

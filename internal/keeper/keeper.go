@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -25,7 +26,7 @@ const EnvFD = "REMUDA_KEEPER_FD"
 type Command struct {
 	Path string   // absolute
 	Args []string // Args[0] included; empty means {Path}
-	Env  []string // nil: the keeper's own, less what the service manager meant for it
+	Env  []string // nil: the keeper's own; what the service manager meant for the keeper is left out
 }
 
 // Options configure [Run]. Controller.Path and Tag are required.
@@ -180,6 +181,9 @@ func Run(ctx context.Context, opts Options) error {
 			return fmt.Errorf("keeper: log: %w", err)
 		}
 	}
+	// Descriptors that this process was started with and does not know of must
+	// not reach every process it starts.
+	_ = unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
 	k.manager = newManager()
 	if err := os.Unsetenv(proc.RunVar); err != nil {
 		return fmt.Errorf("keeper: environment: %w", err)
@@ -371,7 +375,7 @@ func (k *keeper) startController() error {
 	}
 	env := make([]string, 0, len(cmd.Env)+1)
 	for _, e := range cmd.Env {
-		if !strings.HasPrefix(e, EnvFD+"=") {
+		if name, _, _ := strings.Cut(e, "="); name != EnvFD && !ofManager(name) {
 			env = append(env, e)
 		}
 	}
@@ -522,14 +526,14 @@ func (k *keeper) reap() {
 				k.tellExit(r)
 			}
 		case pid == k.ctl.pid:
-			if exit, done := proc.ReapStranger(pid); done {
+			if exit, done := k.launcher.ReapStranger(pid); done {
 				ctl := k.ctl
 				k.ctl = controller{cmd: ctl.cmd}
 				k.exited <- controllerExit{exit: exit, ctl: ctl, drained: ctl.conn.ended}
 				ctl.conn.peerDead()
 			}
 		default:
-			proc.ReapStranger(pid)
+			k.launcher.ReapStranger(pid)
 		}
 		k.mu.Unlock()
 		k.touch()

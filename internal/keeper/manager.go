@@ -27,10 +27,17 @@ func newManager() manager {
 			m.watchdog = time.Duration(usec) * time.Microsecond / 2
 		}
 	}
-	for _, name := range []string{"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} {
-		_ = os.Unsetenv(name)
+	for _, e := range os.Environ() {
+		if name, _, _ := strings.Cut(e, "="); ofManager(name) {
+			_ = os.Unsetenv(name)
+		}
 	}
 	return m
+}
+
+// ofManager reports whether a variable is meant for the service itself.
+func ofManager(name string) bool {
+	return name == "NOTIFY_SOCKET" || name == "WATCHDOG_USEC" || name == "WATCHDOG_PID"
 }
 
 // ticker ticks where there is a watchdog, and never otherwise.
