@@ -159,9 +159,12 @@ func (c *Capture) fail(err error) {
 	t.err = err
 	t.wait = min(2*t.wait, backoffMax)
 	t.next = now.Add(t.wait)
-	if t.dropping {
+	switch {
+	case t.dropping:
 		c.drop()
-	} else if c.full() {
+	case !c.full():
+		t.full = time.Time{}
+	default:
 		c.widen()
 		switch {
 		case !c.full():
@@ -171,8 +174,6 @@ func (c *Capture) fail(err error) {
 			t.dropping = true
 			c.drop()
 		}
-	} else {
-		t.full = time.Time{}
 	}
 	wait := t.wait
 	if t.dropping || !t.full.IsZero() {
@@ -204,6 +205,19 @@ func (c *Capture) full() bool {
 	}
 	size, err := unix.FcntlInt(uintptr(c.pipe), unix.F_GETPIPE_SZ, 0)
 	return err == nil && c.waiting() > int64(size)*7/8
+}
+
+// nothing says that the pipe is empty, and notes whether for good.
+func (c *Capture) nothing() bool {
+	if c.waiting() > 0 {
+		return false
+	}
+	p := []unix.PollFd{{Fd: int32(c.pipe), Events: unix.POLLIN}}
+	if _, err := unix.Poll(p, 0); err != nil || p[0].Revents&unix.POLLIN != 0 {
+		return false
+	}
+	c.eof = p[0].Revents&unix.POLLHUP != 0
+	return true
 }
 
 func (c *Capture) waiting() int64 {

@@ -286,9 +286,11 @@ func TestTap(t *testing.T) {
 			}
 			say(t, w, "end")
 			finish(t, c)
+			want = append(want, "end")
+			eventually(t, "lines", func() bool { mu.Lock(); defer mu.Unlock(); return len(got) >= len(want) })
 			mu.Lock()
 			defer mu.Unlock()
-			if want = append(want, "end"); !slices.Equal(got, want) {
+			if !slices.Equal(got, want) {
 				t.Fatalf("got %d lines of %d: %q", len(got), len(want), got[max(0, len(got)-3):])
 			}
 		})
@@ -488,6 +490,7 @@ func testTrouble(t *testing.T, form Target) {
 		if st.Bytes+st.Lost != 6+4_000_000+6 {
 			t.Errorf("%d taken + %d lost", st.Bytes, st.Lost)
 		}
+		eventually(t, "all-clear", func() bool { mu.Lock(); defer mu.Unlock(); return told[len(told)-1].Err == nil })
 		mu.Lock()
 		if len(told) < 3 || told[0].Err == nil || told[len(told)-1].Err != nil || told[len(told)-1].Lost != st.Lost || told[0].Source.ID != 7 {
 			t.Errorf("told %+v", told)
@@ -680,7 +683,7 @@ func TestFollowRotation(t *testing.T) {
 		m := newManager(t, Options{})
 		// The folder does not exist yet.
 		tg.Path, tg.Keep = filepath.Join(t.TempDir(), "a", "b", "x.log"), 1<<20
-		next, stop := follow(t, Query{Files: []QueryFile{{Source{"app", 0, Out}, tg.Path, false, ""}}, Lines: 10})
+		next, stop := follow(t, Query{Files: []QueryFile{{Source{"app", 0, Out}, tg.Path, false, ""}}, Lines: -1})
 		c, w := attach(t, m, Source{"app", 0, Out}, tg)
 		go func() {
 			for i := range 5000 {

@@ -64,14 +64,14 @@ func numbersMain() {
 		select {
 		case <-done:
 			fmt.Fprintf(w, "%s end %d", id, n)
-			w.Flush()
+			_ = w.Flush()
 			return
 		default:
 		}
 		fmt.Fprintf(w, "%s %d %s\n", id, n, strings.Repeat("x", n%97))
 		if n%50 == 49 {
-			w.Flush()
-			time.Sleep(time.Millisecond)
+			_ = w.Flush()
+			time.Sleep(4 * time.Millisecond)
 		}
 	}
 }
@@ -99,6 +99,7 @@ func self(t testing.TB, role string, env ...string) *exec.Cmd {
 
 func newManager(t testing.TB, o Options) *Manager {
 	t.Helper()
+	t.TempDir() // so that it is removed after the manager is closed
 	m, err := New(o)
 	if err != nil {
 		t.Fatal(err)

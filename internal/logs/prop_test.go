@@ -164,7 +164,8 @@ func FuzzRead(f *testing.F) {
 			q.Files[0].TimeFormat = time.RFC3339
 		}
 		count, limit := 0, 16<<20 // a small packed file may become large
-		for r := range Read(context.Background(), q) {
+		for r, err := range Read(context.Background(), q) {
+			_ = err // damage may be told
 			if len(r.Text) > 3*jsonLimit {
 				t.Fatalf("a line of %d bytes", len(r.Text))
 			}

@@ -202,7 +202,6 @@ type stream struct {
 	cur    *lineFile     // one of them, or the log
 	log    *lineFile     // the log, open from the beginning so that a rotation cannot take it away
 	own    int64         // number that the log gets when it is rotated
-	skip   int           // matching lines to pass over in the next file
 	head   Record
 	key    time.Time // never falls
 	queued bool
@@ -665,7 +664,7 @@ type lineFile struct {
 	r     int   // buf[r:] is not yet given out
 	off   int64 // offset of buf[r] in the unpacked file
 	final bool  // a line without newline at the end counts
-	skip  int
+	skip  int   // matching lines to pass over
 }
 
 func (f *lineFile) close() {

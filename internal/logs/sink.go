@@ -371,6 +371,9 @@ func (s *sink) take(c *Capture) (more bool, err error) {
 			c.stats.Bytes += n
 			return false, err
 		}
+		if s.fd < 0 && c.tr == nil && c.nothing() {
+			return false, nil // do not open the log for that
+		}
 		if err := s.ready(c); err != nil {
 			return false, err
 		}
@@ -409,7 +412,9 @@ func (s *sink) take(c *Capture) (more bool, err error) {
 
 // move splices one chunk.
 func (s *sink) move(c *Capture) (int64, error) {
-	out, off, want := s.fd, s.size, int64(chunk)
+	var out int
+	var off int64
+	want := int64(chunk)
 	if s.ck != nil {
 		out, off = c.sp.fd, c.sp.size
 	} else {

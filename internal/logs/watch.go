@@ -53,15 +53,18 @@ func (w *watcher) add() error {
 	var werr error
 	err = rc.Control(func(fd uintptr) {
 		for dir := range w.missing {
-			mask := uint32(watchFolder)
-			for at := dir; ; at, mask = filepath.Dir(at), watchParent {
+			for at := dir; ; {
+				mask := uint32(watchParent)
+				if at == dir {
+					mask = watchFolder
+				}
 				wd, err := unix.InotifyAddWatch(int(fd), at, mask)
 				if err == nil {
 					w.dirs[int32(wd)] = at
 					if at == dir {
 						delete(w.missing, dir)
 					} else if _, err := os.Stat(filepath.Join(at, first(at, dir))); err == nil {
-						at, mask = filepath.Join(dir, "x"), watchFolder // it came meanwhile
+						at = dir // it came meanwhile
 						continue
 					}
 					break
@@ -70,6 +73,7 @@ func (w *watcher) add() error {
 					werr = fmt.Errorf("cannot follow logs in %s: %w", dir, os.NewSyscallError("inotify_add_watch", err))
 					return
 				}
+				at = filepath.Dir(at)
 			}
 		}
 	})
