@@ -162,7 +162,10 @@ func (c *cli) outcomes(res client.ActResult, word string) {
 func failure(o *client.Outcome, p paint) []string {
 	head := fmt.Sprintf("[%s] %s: %s", instanceName(o.Instance), label(string(o.State)), oneLine(o.Error))
 	if o.LastExit != nil && o.State != client.Online {
-		if how := oneLine(ended(*o.LastExit)); how != "" && !strings.Contains(head, how) {
+		how := oneLine(ended(*o.LastExit))
+		said := strings.Contains(head, how) || o.LastExit.Signal == "" && strings.Contains(head, fmt.Sprintf("code %d", o.LastExit.Code)) ||
+			o.LastExit.Signal != "" && strings.Contains(head, o.LastExit.Signal)
+		if !said {
 			head += "; last run: " + how
 		}
 	}

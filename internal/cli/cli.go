@@ -174,7 +174,7 @@ func (c *cli) exit(err error) int {
 		what = hint.hint
 	}
 	c.say("%s", err)
-	if what != "" {
+	if what != "" && !strings.Contains(err.Error(), strings.Trim(what, "`.")) && !strings.Contains(err.Error(), "`remuda list`") {
 		fmt.Fprintln(c.Stderr, what)
 	}
 	return code

@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/remuda-dev/remuda/client"
+	"github.com/remuda-dev/remuda/internal/config"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -439,6 +440,24 @@ func TestInitAndSchema(t *testing.T) {
 	run("init").want(t, ExitFailed, "", "is there already\n--force")
 	run("init", "--force").want(t, 0, "Wrote", "")
 	run("init", "no/such/dir.yaml").want(t, ExitFailed, "", "cannot write the file")
+	// What it writes is right, with each comment taken for what it shows too.
+	b, err := os.ReadFile(filepath.Join(dir, "remuda.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	shown := ""
+	for line := range strings.Lines(string(b)) {
+		if rest, is := strings.CutPrefix(line, "    # "); is && !strings.HasPrefix(rest, "What") {
+			line = "    " + rest
+		}
+		shown += line
+	}
+	for _, text := range []string{string(b), shown + "  db: sleep 1\n"} {
+		file, warnings, err := config.Parse(t.Context(), "remuda.yaml", []byte(text), config.LoadOptions{Cwd: dir, NoCheck: true})
+		if err != nil || len(warnings) > 0 || file.Apps[0].Name == "" {
+			t.Errorf("%v, %v\n%s", err, warnings, text)
+		}
+	}
 	o := run("schema")
 	o.want(t, 0, `"$schema"`, "")
 	if !json.Valid([]byte(o.out)) {

@@ -72,11 +72,6 @@ func unitWord(s string) string {
 	return `"` + s + `"`
 }
 
-// unitArgument is [unitWord] for command lines, where $ means something too.
-func unitArgument(s string) string {
-	return strings.ReplaceAll(unitWord(s), "$", "$$")
-}
-
 // unit is the systemd unit.
 func (s *service) unit() string {
 	var b strings.Builder
@@ -90,7 +85,7 @@ func (s *service) unit() string {
 		fmt.Fprintf(&b, "User=%s\n", s.user.Username)
 	}
 	fmt.Fprintf(&b, "Environment=%s\nEnvironment=%s\n", unitWord("PATH="+s.path), unitWord("REMUDA_HOME="+s.home))
-	fmt.Fprintf(&b, "ExecStart=%s daemon\nExecReload=%s upgrade\n", unitArgument(s.binary), unitArgument(s.binary))
+	fmt.Fprintf(&b, "ExecStart=%s daemon\nExecReload=%s upgrade\n", unitWord(s.binary), unitWord(s.binary))
 	b.WriteString(`Restart=always
 RestartSec=1
 WatchdogSec=60

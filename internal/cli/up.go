@@ -193,13 +193,13 @@ need not be there any more.`,
 }
 
 // sample is what init writes.
-const sample = `# What Remuda is to run. ` + "`remuda up`" + ` makes what runs equal this file; ` + "`remuda schema`" + `
-# prints all keys there are.
+const sample = `# What Remuda is to run. "remuda up" makes what runs equal this file, and
+# "remuda schema" prints all the keys there are.
 apps:
   web:
-    # What to run: a script, a program, or a whole command line.
-    command: node server.js
-    # cwd: .                  # the folder it runs in; default: that of this file
+    # What to run: a program and its arguments.
+    run: node server.js
+    # cwd: server             # the folder it runs in; default: that of this file
     # instances: 2            # a number, or max
     # env:
     #   PORT: "8080"
@@ -207,15 +207,11 @@ apps:
     #   policy: always        # always | on-failure | never
     #   max_restarts: 16
     #   max_memory: 300M
-    # ready:
-    #   http: http://127.0.0.1:8080/health
     # stop:
     #   signal: SIGTERM
     #   grace: 5s
-    # watch:
-    #   paths: [src]
-    # depends_on:
-    #   db: ready
+    # watch: src
+    # depends_on: db          # started when db is ready
 `
 
 func (c *cli) initCommand() *cobra.Command {
