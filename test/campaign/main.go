@@ -83,7 +83,6 @@ type campaign struct {
 
 	steady   map[string]int // app → pid that must never change
 	children map[int]uint64 // the forker's descendants: pid → start
-	exits3   int            // restarts of exit3 that must have been counted
 
 	back      []time.Duration // kill → list complete
 	backFirst []time.Duration // kill → first answer

@@ -63,6 +63,7 @@ func TestScripts(t *testing.T) {
 		WorkdirRoot:         root,
 		RequireUniqueNames:  true,
 		RequireExplicitExec: true,
+		ContinueOnError:     true,
 		Setup: func(env *testscript.Env) error {
 			if err := os.Chmod(env.WorkDir, 0o755); err != nil {
 				return err
