@@ -226,8 +226,19 @@ func (c *Client) Kill(ctx context.Context) error {
 		return err
 	}
 	defer gone.Close()
-	if _, err := call[struct{}](ctx, c, http.MethodPost, "/v1/kill", nil, struct{}{}); err != nil {
+	_, err = call[struct{}](ctx, c, http.MethodPost, "/v1/kill", nil, struct{}{})
+	var refused *Error
+	if errors.As(err, &refused) || ctx.Err() != nil {
 		return err
+	}
+	if err != nil {
+		// It may have ended before its answer was out.
+		short, cancel := context.WithTimeout(ctx, 10*time.Second)
+		defer cancel()
+		if gone.wait(short) != nil {
+			return err
+		}
+		return nil
 	}
 	return gone.wait(ctx)
 }

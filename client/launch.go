@@ -107,11 +107,19 @@ func (c *Client) launch(ctx context.Context, binary string) (bool, error) {
 		select {
 		case <-tick.C:
 		case err := <-gone:
-			return false, fmt.Errorf("the daemon did not start (%v): %s", err, saidSince(logPath, from))
+			return false, fmt.Errorf("the daemon did not start (%s): %s", errText(err), saidSince(logPath, from))
 		case <-ctx.Done():
 			return false, fmt.Errorf("the daemon does not answer; its log is %s: %w", logPath, ctx.Err())
 		}
 	}
+}
+
+// errText is the end of a keeper that should have gone on.
+func errText(err error) string {
+	if err == nil {
+		return "exit code 0"
+	}
+	return err.Error()
 }
 
 // saidSince is what a log file holds from an offset on, its last lines only.
