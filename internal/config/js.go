@@ -25,7 +25,7 @@ const (
 	gojaTimeout = 5 * time.Second
 	// gojaMemory is how much the heap may grow while the built-in interpreter
 	// runs.
-	gojaMemory = 256 << 20
+	gojaMemory = 128 << 20
 )
 
 // evalJS runs a .js, .cjs or .mjs process file and returns what it exports.
@@ -223,7 +223,7 @@ func jsError(path, stack string) error {
 		col, _ = strconv.Atoi(m[2])
 		msg = strings.Replace(msg, m[0], "", 1)
 	}
-	msg = regexp.MustCompile(` at (?:\S+ \()?`+quoted+`:\d+:\d+.*$`).ReplaceAllString(msg, "")
+	msg = regexp.MustCompile(` at (?:\S+ \()?(?:`+quoted+`|<eval>):\d+:\d+.*$`).ReplaceAllString(msg, "")
 	if strings.Contains(msg, "is not defined in ES module scope") {
 		msg += " (the package.json above says type: module; name the file .cjs)"
 	}
@@ -382,6 +382,10 @@ func (h *gojaHost) err(path string, err error) error {
 			text = fmt.Sprintf("the file takes more than %d MiB; it must only describe apps", gojaMemory>>20)
 		}
 		return &Error{[]Problem{{File: path, Text: text}}}
+	}
+	var deep *goja.StackOverflowError
+	if errors.As(err, &deep) {
+		return jsError(path, "RangeError: functions of the file call each other without end\n"+deep.String())
 	}
 	var ex *goja.Exception
 	if errors.As(err, &ex) {

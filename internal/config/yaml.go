@@ -42,10 +42,15 @@ func parseYAML(file string, data []byte) (n *node, err error) {
 	if len(tokens) > 4*maxNodes {
 		return nil, fail(nil, "the file has more than %d values; split it", maxNodes)
 	}
+	if tk := tooMany(tokens); tk != nil {
+		return nil, fail(tk, "the file has more than %d keys; split it", maxKeys)
+	}
 	if tk := tooDeep(tokens); tk != nil {
 		return nil, fail(tk, "nested more than %d levels deep", maxDepth)
 	}
-	f, err := parser.Parse(tokens, 0)
+	// Doubled keys are found below: the parser's own check takes time that
+	// grows with the square of their number.
+	f, err := parser.Parse(tokens, 0, parser.AllowDuplicateMapKey())
 	if err != nil {
 		var ye yaml.Error
 		if errors.As(err, &ye) {
@@ -120,6 +125,22 @@ func checkShape(file, s string) error {
 			p := problems{file: file}
 			p.at(line, indent+1, "indented by more than 1000 columns")
 			return p.err()
+		}
+	}
+	return nil
+}
+
+// maxKeys bounds the parser, whose time grows with the square of the keys of
+// a mapping: at the bound it is seconds at worst.
+const maxKeys = 20_000
+
+func tooMany(tokens token.Tokens) *token.Token {
+	keys := 0
+	for _, tk := range tokens {
+		if tk.Type == token.MappingValueType {
+			if keys++; keys > maxKeys {
+				return tk
+			}
 		}
 	}
 	return nil
@@ -248,13 +269,14 @@ func (c *yamlConverter) convert(n ast.Node, depth int) *node {
 		if len(n.Values) > 0 {
 			c.pos(out, n.Values[0].Key)
 		}
+		seen := make(map[string]int, len(n.Values))
 		for _, v := range n.Values {
-			c.entry(out, v, depth)
+			c.entry(out, v, depth, seen)
 		}
 	case *ast.MappingValueNode:
 		out.kind = kMap
 		c.pos(out, n.Key)
-		c.entry(out, n, depth)
+		c.entry(out, n, depth, map[string]int{})
 	case *ast.SequenceNode:
 		out.kind = kList
 		for _, v := range n.Values {
@@ -300,11 +322,12 @@ func (c *yamlConverter) tagged(n *ast.TagNode, depth int, out *node) *node {
 	return v
 }
 
-func (c *yamlConverter) entry(out *node, v *ast.MappingValueNode, depth int) {
+// entry adds one key to out; seen has where in out.fields each key is.
+func (c *yamlConverter) entry(out *node, v *ast.MappingValueNode, depth int, seen map[string]int) {
 	at := &node{}
 	c.pos(at, v.Key)
 	if v.Key.IsMergeKey() {
-		c.merge(out, c.convert(v.Value, depth+1), at)
+		c.merge(out, c.convert(v.Value, depth+1), at, seen)
 		return
 	}
 	key := c.convert(unwrapKey(v.Key), depth+1)
@@ -312,19 +335,20 @@ func (c *yamlConverter) entry(out *node, v *ast.MappingValueNode, depth int) {
 		c.at(at.line, at.col, "a key must be a plain word")
 		return
 	}
-	for i := range out.fields {
-		f := &out.fields[i]
-		if f.key == key.text {
-			if f.line > 0 {
-				c.at(at.line, at.col, "key %s is there twice, the first time at line %d; remove one", clip(key.text), f.line)
-				return
-			}
-			// What the file itself says goes over what << brought in.
-			f.line, f.col, f.val = at.line, at.col, c.convert(v.Value, depth+1)
-			return
-		}
+	val := c.convert(v.Value, depth+1)
+	i, dup := seen[key.text]
+	if !dup {
+		seen[key.text] = len(out.fields)
+		out.fields = append(out.fields, field{key.text, at.line, at.col, val})
+		return
 	}
-	out.fields = append(out.fields, field{key.text, at.line, at.col, c.convert(v.Value, depth+1)})
+	f := &out.fields[i]
+	if f.line > 0 {
+		c.at(at.line, at.col, "key %s is there twice, the first time at line %d; remove one", clip(key.text), f.line)
+		return
+	}
+	// What the file itself says goes over what << brought in.
+	f.line, f.col, f.val = at.line, at.col, val
 }
 
 func unwrapKey(k ast.MapKeyNode) ast.Node {
@@ -336,7 +360,7 @@ func unwrapKey(k ast.MapKeyNode) ast.Node {
 
 // merge carries out "<<: *base" and "<<: [*a, *b]": keys that are there
 // already stay.
-func (c *yamlConverter) merge(out, from, at *node) {
+func (c *yamlConverter) merge(out, from, at *node, seen map[string]int) {
 	switch from.kind {
 	case kList:
 		for _, n := range from.list {
@@ -344,12 +368,13 @@ func (c *yamlConverter) merge(out, from, at *node) {
 				c.at(at.line, at.col, "<< merges mappings only")
 				return
 			}
-			c.merge(out, n, at)
+			c.merge(out, n, at, seen)
 		}
 	case kMap:
 		for _, f := range from.fields {
-			if out.get(f.key) == nil {
+			if _, ok := seen[f.key]; !ok {
 				f.line, f.col = 0, 0
+				seen[f.key] = len(out.fields)
 				out.fields = append(out.fields, f)
 			}
 		}
@@ -358,17 +383,12 @@ func (c *yamlConverter) merge(out, from, at *node) {
 	}
 }
 
-// retype gives a plain YAML scalar that interpolation has changed the type
-// its new text has.
+// retype gives a string that interpolation has changed the type its new text
+// has. Quoted ones too: within {} YAML wants ${NAME} in quotes.
 func retype(n *node) {
-	if n.kind != kString || n.quoted {
-		return
-	}
 	switch {
 	case n.text == "true" || n.text == "false":
 		n.kind = kBool
-	case n.text == "" || n.text == "null" || n.text == "~":
-		n.kind, n.text = kNull, ""
 	case regexp.MustCompile(`^[-+]?[0-9]+(\.[0-9]+)?$`).MatchString(n.text):
 		n.kind = kNumber
 	}
