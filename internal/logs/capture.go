@@ -42,7 +42,7 @@ type Capture struct {
 	closed  bool
 	eof     bool
 	wide    bool
-	start   int64  // where the run begins in the log with inode ino
+	start   int64  // where the run begins in the log with inode ino; < 0: so far before it
 	end     int64  // where it ended; -1 while it lives
 	ino     uint64 // 0: none yet
 	sp      *spool
@@ -457,7 +457,34 @@ func (c *Capture) Tail(n int) []string {
 	if c.end >= 0 {
 		end = min(end, c.end)
 	}
-	lo := max(c.start, end-MaxLine)
+	if c.start >= 0 {
+		return tailOf(fd, max(c.start, end-MaxLine), end, n)
+	}
+	out := tailOf(fd, max(0, end-MaxLine), end, n)
+	if len(out) >= n || end >= MaxLine || end < st.Size {
+		return out
+	}
+	// The run began before the last rotation. How many of the lines before
+	// are its own, their lengths tell.
+	out = out[:0]
+	left := end - c.start
+	for r, err := range Read(context.Background(), Query{Files: []QueryFile{{Path: s.path}}, Lines: n}) {
+		if err != nil {
+			return out
+		}
+		out = append(out, r.Text)
+	}
+	for i := len(out) - 1; i >= 0; i-- {
+		if left -= int64(len(out[i])); left < 0 {
+			return out[i+1:]
+		}
+		left-- // the newline, which the last line need not have yet
+	}
+	return out
+}
+
+// tailOf returns the last n lines of the file's part from lo to end.
+func tailOf(fd int, lo, end int64, n int) []string {
 	if lo >= end {
 		return nil
 	}
@@ -592,7 +619,7 @@ func (c *Capture) Lines(f func(line string)) (cancel func()) {
 	if c.tap != nil {
 		c.tap.gone.Store(true)
 	}
-	t := &tap{f: f, off: c.start}
+	t := &tap{f: f, off: max(0, c.start)}
 	c.tap = t
 	if !c.closed {
 		switch {
@@ -602,7 +629,7 @@ func (c *Capture) Lines(f func(line string)) (cancel func()) {
 			t.add(c.ring.last(keepLines)...)
 		case c.adopted && !c.begun:
 			if s.ready(c) == nil && s.ck == nil {
-				t.off = c.start
+				t.off = max(0, c.start)
 				s.pump(c)
 			}
 		default:

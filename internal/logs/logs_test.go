@@ -357,6 +357,75 @@ func TestOrphans(t *testing.T) {
 	}
 }
 
+// TestKilledBeforeRewriting: what a killed manager had in the spool only is
+// written when its pipe comes back, not first when more is said.
+func TestKilledBeforeRewriting(t *testing.T) {
+	dir := t.TempDir()
+	n := namesOf(filepath.Join(dir, "x.log"))
+	r, w := pipe(t)
+	st, err := r.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	sys, ok := st.Sys().(*syscall.Stat_t)
+	if !ok {
+		t.Fatal("no inode")
+	}
+	ino := sys.Ino
+	if err := os.Mkdir(filepath.Join(dir, stateDir), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "x.log")
+	if err := os.WriteFile(path, []byte("in\nuncommitted\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	log, _ := inode(path)
+	ck := append(encodeHead(log, 3, 0, slot{ino, spoolHead + 3}), encodeSlot(slot{ino, spoolHead})...)
+	for p, b := range map[string][]byte{n.state(".ckpt"): ck, n.state(fmt.Sprintf(".%d.spool", ino)): append(encodeSpoolHead(Source{}), "in\nuncommitted\nmore\npart"...)} {
+		if err := os.WriteFile(p, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m := newManager(t, Options{})
+	c, err := m.Attach(Source{"app", 0, Out}, r, Target{Path: path, Shared: true}, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := content(t, path); got != "in\nuncommitted\nmore\n" {
+		t.Errorf("got %q", got)
+	}
+	say(t, w, "ial\n")
+	finish(t, c)
+	if got := content(t, path); got != "in\nuncommitted\nmore\npartial\n" {
+		t.Errorf("got %q", got)
+	}
+}
+
+func TestTailOverRotation(t *testing.T) {
+	m := newManager(t, Options{})
+	tg := Target{Path: filepath.Join(t.TempDir(), "x.log"), MaxSize: 40, Keep: 10}
+	for run := range 3 {
+		c, w := attach(t, m, Source{"app", 0, Out}, tg)
+		var want []string
+		size := int64(0)
+		for i := range 6 + run {
+			want = append(want, fmt.Sprintf("run %d line %d", run, i))
+			say(t, w, want[i]+"\n")
+			size += int64(len(want[i]) + 1)
+			eventually(t, "line", func() bool { return c.Stats().Bytes == size })
+			for _, n := range []int{1, 3, 20} {
+				if got := c.Tail(n); !slices.Equal(got, want[max(0, len(want)-n):]) {
+					t.Fatalf("run %d, line %d: last %d are %q", run, i, n, got)
+				}
+			}
+		}
+		finish(t, c)
+		if got := c.Tail(20); !slices.Equal(got, want) {
+			t.Errorf("after run %d: %q", run, got)
+		}
+	}
+}
+
 func TestBadTargets(t *testing.T) {
 	m := newManager(t, Options{})
 	dir := t.TempDir()

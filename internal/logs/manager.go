@@ -331,8 +331,15 @@ func (m *Manager) Attach(src Source, pipe *os.File, t Target, adopted bool) (*Ca
 	if s.t.Path != "" {
 		// The line of an earlier run is ended now: after a kill nobody would
 		// know that this run had not begun. Several sources go apart now too.
-		if _, ok := inode(s.path); ok && (!adopted || len(s.caps) > 1) {
-			if err := s.ready(c); err != nil {
+		// And what a killed manager has left half done is done.
+		_, log := inode(s.path)
+		_, ckpt := inode(s.state(".ckpt"))
+		_, cut := inode(s.state(".cut"))
+		if log && (!adopted || len(s.caps) > 1) || ckpt || cut {
+			if err = s.ready(c); err == nil && s.ck != nil {
+				err = s.transform(c, false)
+			}
+			if err != nil {
 				c.fail(err)
 			}
 		}

@@ -539,10 +539,11 @@ func (s *stream) atEnd() (again bool, err error) {
 	case st.Size < have: // the unfinished line was moved on by a rotation
 		f.seek(f.off)
 	case st.Size > have:
+		f.mtime = time.Unix(st.Mtim.Unix())
+		if f.idx == nil { // the log was opened before it had one
+			f.idx = openIndex(s.state(".idx"), f.ino, true)
+		}
 		return true, nil
-	}
-	if f.idx == nil && st.Size == 0 {
-		f.idx = openIndex(s.state(".idx"), f.ino, true)
 	}
 	ino, ok := inode(s.path)
 	if ok && ino == f.ino {

@@ -256,7 +256,7 @@ func (s *sink) rotate(off int64) error {
 	s.recovered = true
 	for _, c := range s.caps {
 		if c.ino == j.ino {
-			c.start, c.ino = max(0, c.start-off), 0
+			c.start, c.ino = c.start-off, 0
 			if c.tap != nil {
 				c.tap.off = max(0, c.tap.off-off)
 			}
