@@ -72,7 +72,7 @@ func keeper(home string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, func() {
-		srv.Close()
+		_ = srv.Close()
 		os.Exit(0)
 	})
 	_ = srv.Serve(l)
@@ -121,7 +121,7 @@ func serve(t *testing.T, home string, h http.HandlerFunc) {
 	srv := &http.Server{Handler: h, ReadHeaderTimeout: time.Minute}
 	done := make(chan struct{})
 	go func() { defer close(done); _ = srv.Serve(l) }()
-	t.Cleanup(func() { srv.Close(); <-done })
+	t.Cleanup(func() { _ = srv.Close(); <-done })
 }
 
 func TestLaunchRace(t *testing.T) {
@@ -464,7 +464,7 @@ func TestFullQueue(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	srv.Close()
+	_ = srv.Close()
 	<-done
 }
 
@@ -521,7 +521,10 @@ func TestStreams(t *testing.T) {
 		t.Error(got, err)
 	}
 	// The caller who leaves, and the one whose time is over.
-	for range c.Events(deadline(t), 0, true, "follow") {
+	for _, err := range c.Events(deadline(t), 0, true, "follow") {
+		if err != nil {
+			t.Error(err)
+		}
 		break
 	}
 	<-gone

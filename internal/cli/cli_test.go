@@ -110,7 +110,7 @@ func TestUsageErrors(t *testing.T) {
 		want string
 	}{
 		{"lst", "did you mean `remuda list`?"},
-		{"strat app.js -n web", "did you mean `remuda start`?"},
+		{"starrt app.js -n web", "did you mean `remuda start`?"},
 		{"frobnicate", "unknown command \"frobnicate\""},
 		{"list --jsn", "did you mean --json?"},
 		{"start app.js --max-memory-restar 3", "did you mean --max-memory-restart?"},

@@ -251,7 +251,7 @@ func TestText(t *testing.T) {
 	if got := clean("a\xffb\x00\n", 0); got != "a\\xffb\\x00\n" {
 		t.Errorf("%q", got)
 	}
-	for in, want := range map[string]string{"strat": "start", "lst": "list", "xyzzyxyzzy": "", "desc": "describe"} {
+	for in, want := range map[string]string{"starrt": "start", "lst": "list", "xyzzyxyzzy": "", "desc": "describe"} {
 		if got := nearest(in, []string{"start", "stop", "list", "describe"}); got != want {
 			t.Errorf("nearest(%q) = %q", in, got)
 		}

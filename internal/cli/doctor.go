@@ -138,12 +138,12 @@ func checkHome(home string) []check {
 	if err := unix.Access(home, unix.W_OK|unix.X_OK); err != nil {
 		return append(out, failing(name, "chmod 700 "+quote(home)+", or remount the file system writable", "%s cannot be written: %v", home, err))
 	}
-	if tmp, err := os.CreateTemp(home, ".doctor-*"); err != nil {
+	tmp, err := os.CreateTemp(home, ".doctor-*")
+	if err != nil {
 		return append(out, failing(name, "make room, or set REMUDA_HOME to another file system", "no file can be made in %s: %v", home, err))
-	} else {
-		tmp.Close()
-		os.Remove(tmp.Name())
 	}
+	tmp.Close()
+	os.Remove(tmp.Name())
 	var fsys unix.Statfs_t
 	if unix.Statfs(home, &fsys) == nil {
 		free := int64(fsys.Bavail) * fsys.Bsize

@@ -81,7 +81,7 @@ func (f *fake) serve() {
 	srv := &http.Server{Handler: http.HandlerFunc(f.handle), ReadHeaderTimeout: time.Minute}
 	done := make(chan struct{})
 	go func() { defer close(done); _ = srv.Serve(l) }()
-	f.t.Cleanup(func() { srv.Close(); <-done })
+	f.t.Cleanup(func() { _ = srv.Close(); <-done })
 }
 
 func (f *fake) on(path string, h http.HandlerFunc) {

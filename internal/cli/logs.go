@@ -37,7 +37,7 @@ const (
 type logFlags struct {
 	lines                 int
 	out, err, raw         bool
-	timestamp, format     string
+	timestamp             string
 	withFormat            bool
 	since, until, grep    string
 	highlight             string

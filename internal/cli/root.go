@@ -128,7 +128,7 @@ func clip(s string) string {
 // have been meant.
 func (c *cli) flagError(cmd *cobra.Command, err error) error {
 	if !cmd.HasParent() {
-		// `remuda strat app.js -n web`: the command is what is wrong.
+		// `remuda starrt app.js -n web`: the command is what is wrong.
 		if rest := firstWord(c.Args); rest != "" {
 			return unknownCommand(cmd, rest)
 		}
