@@ -143,7 +143,8 @@ func newRemuda(ctx context.Context, dir, bin string) (*remuda, error) {
 
 func (r *remuda) name() string { return "remuda" }
 func (r *remuda) version(ctx context.Context) string {
-	return strings.TrimSpace(strings.TrimPrefix(r.home.Run(ctx, "version").Stdout, "remuda "))
+	line, _, _ := strings.Cut(r.home.Run(ctx, "version").Stdout, "\n")
+	return strings.TrimPrefix(line, "remuda ")
 }
 
 func (r *remuda) up(ctx context.Context) error {
