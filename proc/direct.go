@@ -67,10 +67,12 @@ func (d *Direct) Spawn(ctx context.Context, spec Spec) (Process, error) {
 	return p, nil
 }
 
-// Close removes the cgroup directories; its processes must have been released.
+// Close removes the cgroup directories. All processes must have been released,
+// and nothing may be spawned afterwards.
 func (d *Direct) Close() {
-	if l, err := d.init(); err == nil {
-		l.Close()
+	d.once.Do(func() { d.err = errors.New("proc: the spawner is closed") })
+	if d.launcher != nil {
+		d.launcher.Close()
 	}
 }
 
@@ -118,7 +120,7 @@ func (p *directProcess) wait() {
 			p.exit = e
 			return
 		}
-		if err != nil && err != unix.EINTR {
+		if err != nil && !errors.Is(err, unix.EINTR) {
 			p.exit = Exit{Code: -1}
 			return
 		}

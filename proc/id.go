@@ -2,6 +2,7 @@ package proc
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -44,7 +45,7 @@ func (id ID) Signal(sig syscall.Signal) error {
 		return os.ErrProcessDone
 	}
 	fd, err := unix.PidfdOpen(id.PID, 0)
-	if err == unix.ESRCH {
+	if errors.Is(err, unix.ESRCH) {
 		return os.ErrProcessDone
 	}
 	if err != nil {
@@ -64,7 +65,7 @@ func (id ID) Signal(sig syscall.Signal) error {
 }
 
 func signalError(err error) error {
-	if err == unix.ESRCH {
+	if errors.Is(err, unix.ESRCH) {
 		return os.ErrProcessDone
 	}
 	return err
@@ -83,7 +84,7 @@ func readStat(pid int) (stat, error) {
 	var buf [1024]byte
 	b, err := readSmall("/proc/"+strconv.Itoa(pid)+"/stat", buf[:])
 	if err != nil {
-		if err == unix.ENOENT || err == unix.ESRCH {
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) {
 			return stat{}, fmt.Errorf("pid %d: %w", pid, os.ErrProcessDone)
 		}
 		return stat{}, &os.PathError{Op: "read", Path: "/proc/" + strconv.Itoa(pid) + "/stat", Err: err}
@@ -115,17 +116,16 @@ func parseStat(b []byte) (st stat, ok bool) {
 		}
 		switch field {
 		case 4:
-			st.ppid, ok = atoi(f)
+			st.ppid, _ = atoi(f)
 		case 5:
-			st.pgrp, ok = atoi(f)
+			st.pgrp, _ = atoi(f)
 		case 6:
-			st.session, ok = atoi(f)
+			st.session, _ = atoi(f)
 		case 9:
-			var flags int
-			flags, ok = atoi(f)
+			flags, _ := atoi(f)
 			st.exiting = flags&0x4 != 0 // PF_EXITING
 		case 20:
-			st.threads, ok = atoi(f)
+			st.threads, _ = atoi(f)
 		case 22:
 			for _, c := range f {
 				if c < '0' || c > '9' {
@@ -183,7 +183,7 @@ func readFD(fd int, buf []byte) ([]byte, error) {
 	n := 0
 	for n < len(buf) {
 		m, err := unix.Read(fd, buf[n:])
-		if err == unix.EINTR {
+		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil {
@@ -210,7 +210,7 @@ func readWhole(path string, limit int) ([]byte, error) {
 			buf = append(buf, 0)[:len(buf)]
 		}
 		m, err := unix.Read(fd, buf[len(buf):cap(buf)])
-		if err == unix.EINTR {
+		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil {
@@ -233,7 +233,7 @@ func writeFile(path, text string) error {
 	defer func() { _ = unix.Close(fd) }()
 	for {
 		_, err = unix.Write(fd, []byte(text))
-		if err != unix.EINTR {
+		if !errors.Is(err, unix.EINTR) {
 			return err
 		}
 	}
@@ -242,7 +242,7 @@ func writeFile(path, text string) error {
 func openRetry(path string, mode int) (int, error) {
 	for {
 		fd, err := unix.Open(path, mode|unix.O_CLOEXEC, 0)
-		if err != unix.EINTR {
+		if !errors.Is(err, unix.EINTR) {
 			return fd, err
 		}
 	}

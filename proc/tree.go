@@ -40,7 +40,7 @@ func (t *Tree) Reap() (exit Exit, done bool) {
 	t.mu.Lock()
 	t.l.mu.Lock() // the pid leaves the table before it can be reused; see also roots
 	pid, err := wait4(t.id.PID, &ws, unix.WNOHANG, &ru)
-	if pid == t.id.PID || err == unix.ECHILD {
+	if pid == t.id.PID || errors.Is(err, unix.ECHILD) {
 		delete(t.l.leaders, t.id.PID)
 		t.reaped = true
 		done = true
@@ -70,7 +70,7 @@ func (t *Tree) Reap() (exit Exit, done bool) {
 func PeekExited() (pid int, err error) {
 	for {
 		err := waitID(unix.P_ALL, 0, unix.WEXITED|unix.WNOWAIT, &pid)
-		if err != unix.EINTR {
+		if !errors.Is(err, unix.EINTR) {
 			return pid, err
 		}
 	}
@@ -98,7 +98,7 @@ func exitOf(ws unix.WaitStatus) Exit {
 func wait4(pid int, ws *unix.WaitStatus, options int, ru *unix.Rusage) (int, error) {
 	for {
 		n, err := unix.Wait4(pid, ws, options, ru)
-		if err != unix.EINTR {
+		if !errors.Is(err, unix.EINTR) {
 			return n, err
 		}
 	}

@@ -251,7 +251,7 @@ func (c *Client) send(m *message) error {
 	var err error
 	werr := c.conn.Write(func(fd uintptr) bool {
 		err = sendMessage(int(fd), m)
-		return err != unix.EAGAIN
+		return !errors.Is(err, unix.EAGAIN)
 	})
 	if werr != nil {
 		return werr
@@ -263,7 +263,7 @@ func (c *Client) send(m *message) error {
 func (c *Client) receive(in *receiver) (m *message, err error) {
 	rerr := c.conn.Read(func(fd uintptr) bool {
 		m, err = in.receive(int(fd))
-		return err != unix.EAGAIN
+		return !errors.Is(err, unix.EAGAIN)
 	})
 	if rerr != nil {
 		return nil, rerr

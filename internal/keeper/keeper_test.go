@@ -377,7 +377,8 @@ func TestSpawnGivenUp(t *testing.T) {
 		ctx, cancel := context.WithCancel(context.Background())
 		time.AfterFunc(time.Duration(i)*50*time.Microsecond, cancel)
 		p, err := c.Spawn(ctx, sh("given"+strconv.Itoa(i), "exec sleep 1000"))
-		if err == nil {
+		switch {
+		case err == nil:
 			if err := p.KillTree(testContext(t)); err != nil {
 				t.Error(err)
 			}
@@ -385,9 +386,9 @@ func TestSpawnGivenUp(t *testing.T) {
 			if err := p.Release(); err != nil {
 				t.Error(err)
 			}
-		} else if errors.Is(err, context.Canceled) {
+		case errors.Is(err, context.Canceled):
 			given++
-		} else {
+		default:
 			t.Error(err)
 		}
 		cancel()
@@ -505,7 +506,10 @@ func TestKeeperKilled(t *testing.T) {
 	if err := w.cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	<-w.exit
+	if err := w.waitExit(); err == nil {
+		t.Error("the killed keeper ended well")
+	}
+	w.stopped = false // what it left is swept below
 	w.exit <- nil
 	<-c.Done()
 	if err := p.KillTree(testContext(t)); !errors.Is(err, ErrGone) {
@@ -544,7 +548,7 @@ func TestServiceManager(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
+	defer func() { _ = l.Close() }()
 	if err := l.SetReadDeadline(time.Now().Add(patience)); err != nil {
 		t.Fatal(err)
 	}
@@ -733,6 +737,65 @@ func TestManyKept(t *testing.T) {
 		}
 	}
 	inv.close()
+	w.shutdown(r, c, true)
+}
+
+// TestPID1 runs the keeper as pid 1 of a container, which inherits orphans
+// that are nobody's.
+func TestPID1(t *testing.T) {
+	unshare, err := exec.LookPath("unshare")
+	if err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"--pid", "--fork", "--kill-child", "--mount-proc"}
+	if os.Geteuid() != 0 {
+		args = append(args, "--user", "--map-root-user")
+	}
+	if out, err := exec.Command(unshare, append(args, "true")...).CombinedOutput(); err != nil {
+		t.Logf("no containers can be made here: %v: %s", err, out)
+		return
+	}
+	w := newWorldUnder(t, append([]string{unshare}, args...))
+	r, c, inv := w.connect()
+	if inv.Keeper.PID != 1 || r.pid == 0 {
+		t.Errorf("the keeper is pid %d", inv.Keeper.PID)
+	}
+	p, _ := runFamily(t, c, "family-exit")
+	wait(t, p)
+	waitMembers(t, p, 2)
+	if err := p.KillTree(testContext(t)); err != nil {
+		t.Error(err)
+	}
+	waitMembers(t, p, 0)
+	// An orphan that ends on its own, and was nobody's for lack of any trace.
+	out, in := pipe(t)
+	p = spawn(t, c, sh("orphans", "env -i setsid sh -c 'env -i setsid true & exit' & wait", nil, in, in))
+	wait(t, p)
+	in.Close()
+	if got := readAll(t, out); got != "" {
+		t.Errorf("output %q", got)
+	}
+	for deadline := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
+		out, in := pipe(t)
+		spec := sh("ps", "ps -eo pid=,stat=,comm=", nil, in, in)
+		p := spawn(t, c, spec)
+		in.Close()
+		list := readAll(t, out)
+		wait(t, p)
+		if err := p.Release(); err != nil {
+			t.Error(err)
+		}
+		if strings.Count(list, "\n") <= 4 && !strings.Contains(list, "Z") { // keeper, controller, sh, ps
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("processes:\n%s", list)
+		}
+	}
+	// A controller that ends is started again here, too.
+	r.exitWith(0)
+	<-c.Done()
+	r, c, _ = w.connect()
 	w.shutdown(r, c, true)
 }
 

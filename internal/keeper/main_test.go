@@ -172,10 +172,19 @@ type relay struct {
 
 func newWorld(t testing.TB, env ...string) *world {
 	t.Helper()
+	return newWorldUnder(t, nil, env...)
+}
+
+// newWorldUnder starts the keeper by way of another program.
+func newWorldUnder(t testing.TB, by []string, env ...string) *world {
+	t.Helper()
 	dir := t.TempDir()
 	path := filepath.Join(dir, "s")
 	w := &world{t: t, tag: fmt.Sprintf("ktest%d.%d", os.Getpid(), tagCount.Add(1)), exit: make(chan error, 1)}
-	var err error
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
 	if w.listen, err = unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -185,7 +194,8 @@ func newWorld(t testing.TB, env ...string) *world {
 	if err := unix.Listen(w.listen, 64); err != nil {
 		t.Fatal(err)
 	}
-	w.cmd = exec.Command("/proc/self/exe")
+	by = append(by, exe)
+	w.cmd = exec.Command(by[0], by[1:]...)
 	w.cmd.Env = append(os.Environ(), modeVar+"=keeper", relayVar+"="+path, "GORACE=atexit_sleep_ms=0", tagVar+"="+w.tag)
 	w.cmd.Env = append(w.cmd.Env, env...)
 	w.cmd.Stdout, w.cmd.Stderr = os.Stdout, os.Stderr
@@ -200,7 +210,8 @@ func newWorld(t testing.TB, env ...string) *world {
 func (w *world) close() {
 	if !w.stopped {
 		_ = w.cmd.Process.Kill()
-		<-w.exit
+		_ = w.waitExit()
+		w.stopped = false
 	}
 	_ = unix.Close(w.listen)
 	if n, err := proc.Sweep(context.Background(), w.tag); w.stopped && (n != 0 || err != nil) {

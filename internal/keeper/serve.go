@@ -83,7 +83,7 @@ func (c *connection) drain() {
 		var err error
 		werr := c.rc.Write(func(fd uintptr) bool {
 			err = sendMessage(int(fd), m)
-			return err != unix.EAGAIN
+			return !errors.Is(err, unix.EAGAIN)
 		})
 		if errors.Is(err, unix.ETOOMANYREFS) {
 			// Too many descriptors are on their way: the controller has to
@@ -166,7 +166,7 @@ func (k *keeper) serve(c *connection) {
 func (c *connection) next(in *receiver) (m *message, err error) {
 	rerr := c.rc.Read(func(fd uintptr) bool {
 		m, err = in.receive(int(fd))
-		return err != unix.EAGAIN
+		return !errors.Is(err, unix.EAGAIN)
 	})
 	if rerr == nil && err != nil && (errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE)) {
 		return nil, io.EOF

@@ -134,7 +134,7 @@ func sendMessage(fd int, m *message) error {
 	}
 	for {
 		_, err := unix.SendmsgN(fd, packet, oob, nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
-		if err != unix.EINTR {
+		if !errors.Is(err, unix.EINTR) {
 			return err
 		}
 	}
@@ -182,7 +182,7 @@ func (r *receiver) receive(fd int) (*message, error) {
 	var err error
 	for {
 		n, oobn, flags, _, err = unix.Recvmsg(fd, r.packet, r.oob, unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
-		if err != unix.EINTR {
+		if !errors.Is(err, unix.EINTR) {
 			break
 		}
 	}
@@ -269,7 +269,7 @@ func readMemfd(fd int) ([]byte, error) {
 	b := make([]byte, st.Size)
 	for off := 0; off < len(b); {
 		n, err := unix.Pread(fd, b[off:], int64(off))
-		if err == unix.EINTR {
+		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil || n == 0 {
