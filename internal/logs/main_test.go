@@ -71,7 +71,7 @@ func numbersMain() {
 		fmt.Fprintf(w, "%s %d %s\n", id, n, strings.Repeat("x", n%97))
 		if n%50 == 49 {
 			_ = w.Flush()
-			time.Sleep(4 * time.Millisecond)
+			time.Sleep(10 * time.Millisecond)
 		}
 	}
 }

@@ -152,7 +152,7 @@ func decodeCut(b []byte) (cutJournal, bool) {
 		tail: int64(binary.LittleEndian.Uint64(b[24:])),
 		ino:  binary.LittleEndian.Uint64(b[32:]),
 	}
-	return j, j.seq >= 0 && j.off >= 0 && j.tail >= 0
+	return j, j.seq > 0 && j.seq < 1e15 && j.off >= 0 && j.tail >= 0
 }
 
 // writeState writes a small file so that it is there wholly or not at all.
