@@ -89,6 +89,8 @@ func runController(cmd *cobra.Command, _ []string) error {
 	if err != nil {
 		return errors.New("the controller is started by the daemon's keeper only: use `remuda daemon`")
 	}
-	os.Unsetenv(keeper.EnvFD)
+	if err := os.Unsetenv(keeper.EnvFD); err != nil {
+		return err
+	}
 	return daemon.RunController(cmd.Context(), o, fd)
 }

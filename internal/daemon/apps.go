@@ -560,19 +560,21 @@ func (d *Daemon) Scale(ctx context.Context, req client.ScaleRequest) (client.Act
 
 // scaleTo reads "4", "+2", "-1" and "max".
 func scaleTo(s string, now int) (int, error) {
+	wrong := refuse(http.StatusUnprocessableEntity, "%s is no number of instances: give N, +N, -N or max", quoted(s))
 	n := 0
-	if strings.HasPrefix(s, "+") || strings.HasPrefix(s, "-") {
+	switch {
+	case strings.HasPrefix(s, "+"), strings.HasPrefix(s, "-"):
 		by, err := strconv.Atoi(s)
 		if err != nil {
-			return 0, refuse(http.StatusUnprocessableEntity, "%s is no number of instances: give N, +N, -N or max", quoted(s))
+			return 0, wrong
 		}
 		n = now + by
-	} else if s == "0" {
+	case s == "0": // for config it means max
 		return 0, refuse(http.StatusUnprocessableEntity, "an app has at least one instance: use `remuda stop` or `remuda delete`")
-	} else {
+	default:
 		var err error
 		if n, err = config.ResolveInstances(s); err != nil {
-			return 0, refuse(http.StatusUnprocessableEntity, "%s is no number of instances: give N, +N, -N or max", quoted(s))
+			return 0, wrong
 		}
 	}
 	if n < 1 {
@@ -719,7 +721,7 @@ func (d *Daemon) upLocked(ctx context.Context, req client.UpRequest) ([]client.C
 			return changes, nil, d.notSupervised(i, err)
 		}
 	}
-	touched = append(added, again...)
+	touched = slices.Concat(added, again)
 	d.wakeGroups(again)
 	return changes, touched, d.each(again, func(s *supervise.Supervisor, names []string) error { return s.Restart("up", names...) })
 }

@@ -310,7 +310,7 @@ func (d *Daemon) endAll(ctx context.Context, forget bool) {
 	}
 	d.mu.Lock()
 	if forget {
-		d.apps, d.instances, d.order = map[string]*app{}, map[int]*instance{}, nil
+		d.apps, d.instances, d.order, d.nextID, d.groups = map[string]*app{}, map[int]*instance{}, nil, 0, nil
 	}
 	d.mu.Unlock()
 	if forget {

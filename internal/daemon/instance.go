@@ -89,6 +89,9 @@ func (i *instance) child() supervise.Spec {
 		Backoff:     supervise.Backoff{Initial: a.Restart.BackoffInitial.Std(), Max: a.Restart.BackoffMax.Std()},
 		Grace:       orNegative(a.Stop.Grace.Std()),
 	}
+	if s.MaxRestarts == 0 { // none at all: the first end that calls for one is the last
+		s.MaxRestarts, s.Window = 1, 0
+	}
 	switch a.Restart.Policy {
 	case "on-failure":
 		s.Restart = supervise.OnFailure

@@ -274,8 +274,8 @@ func (r *run) probe(ctx context.Context) {
 	if ctx.Err() != nil {
 		return
 	}
-	var late *probe.NotReadyError
-	if err != nil && !(errors.As(err, &late) && r.spec.Ready.OnTimeout == "online") {
+	late := r.spec.Ready.OnTimeout == "online" && errors.As(err, new(*probe.NotReadyError))
+	if err != nil && !late {
 		r.mu.Lock()
 		r.probeFailed = true
 		r.mu.Unlock()
