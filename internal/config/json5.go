@@ -181,14 +181,14 @@ func (p *jsonParser) str() string {
 	var b strings.Builder
 	for p.i < len(p.s) {
 		c := p.s[p.i]
-		switch {
-		case c == quote:
+		switch c {
+		case quote:
 			p.i++
 			return b.String()
-		case c == '\n':
+		case '\n':
 			p.fail("the string has no end on its line")
 			return ""
-		case c == '\\':
+		case '\\':
 			p.i++
 			p.escape(&b)
 		default:

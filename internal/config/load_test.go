@@ -117,7 +117,7 @@ func TestMistakes(t *testing.T) {
 	for _, c := range []struct{ name, file, body, want string }{
 		{"unknown key", "remuda.yaml", "apps:\n  web:\n    run: sleep 1\n    insances: 2\n", `remuda.yaml:4:5: unknown key "insances" in app "web": did you mean "instances"?`},
 		{"unknown top key", "remuda.yaml", "aps: {}\napps: {a: sleep 1}\n", `remuda.yaml:1:1: unknown key "aps" at the top of the file: did you mean "apps"?`},
-		{"nested key", "remuda.yaml", "apps:\n  a: {run: sleep 1, restart: {backoff: {inital: 1s}}}\n", `remuda.yaml:2:41: unknown key "inital" in app "a": restart.backoff: did you mean "initial"?`},
+		{"nested key", "remuda.yaml", "apps:\n  a: {run: sleep 1, restart: {backoff: {initail: 1s}}}\n", `remuda.yaml:2:41: unknown key "initail" in app "a": restart.backoff: did you mean "initial"?`},
 		{"wrong type", "remuda.yaml", "apps:\n  a: {run: sleep 1, autostart: perhaps}\n", `remuda.yaml:2:32: app "a": autostart: "perhaps" where true or false should be`},
 		{"range", "remuda.yaml", "apps:\n  a: {run: sleep 1, instances: 20000}\n", `20000 instances are too many: the most is 10000`},
 		{"duration", "remuda.yaml", "apps:\n  a: {run: sleep 1, stop: {grace: soon}}\n", `"soon" is not a duration: write 500ms, 1.5s, 2m, 1h or a number of milliseconds`},

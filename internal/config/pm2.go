@@ -594,12 +594,12 @@ func (a *pm2App) env(deploy *node) {
 	}
 	env := callerEnv(a.environ)
 	if f, ok := a.vals["filter_env"]; ok {
-		switch {
-		case f.val.kind == kBool:
+		switch f.val.kind {
+		case kBool:
 			if f.val.text == "true" {
 				env = essential(env)
 			}
-		case f.val.kind == kString:
+		case kString:
 			delete(env, f.val.text)
 		default:
 			filterEnv(env, a.strings("filter_env", commas))

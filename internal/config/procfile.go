@@ -116,6 +116,6 @@ func procCommand(command string, isProgram func(string) bool) ([]string, string)
 // no assignment, keyword or builtin.
 func plainProgram(w string) bool {
 	name, _, assign := strings.Cut(w, "=")
-	return w != "" && !(assign && envWord(name)) && !strings.ContainsAny(w, "$*~") &&
+	return w != "" && (!assign || !envWord(name)) && !strings.ContainsAny(w, "$*~") &&
 		!slices.Contains([]string{"cd", "exec", "export", "set", "unset", "source", ".", "eval", "if", "while", "until", "for", "case", "trap", "ulimit", "umask", "wait", "read", "!", "{", "exit", "return", "shift", "command", "time", ":"}, filepath.Base(w))
 }

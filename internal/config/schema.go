@@ -21,7 +21,7 @@ func Schema() ([]byte, error) {
 		ExpandedStruct:             true,
 		RequiredFromJSONSchemaTags: true,
 		Mapper:                     schemaOf,
-		Namer:                      func(t reflect.Type) string { return schemaName(t) },
+		Namer:                      schemaName,
 	}
 	s := r.Reflect(&remudaFile{})
 	s.ID = "https://remuda.dev/schema/remuda.schema.json"
