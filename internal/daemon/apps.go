@@ -274,7 +274,7 @@ func (d *Daemon) instancesOf(a *app) []*instance {
 
 func (i *instance) setWant(want bool) {
 	i.mu.Lock()
-	i.want = want
+	i.want, i.asked = want, want
 	i.mu.Unlock()
 }
 

@@ -410,9 +410,7 @@ func endStranger(a adoptee) {
 func (d *Daemon) adopt(i *instance, s instanceState, runs []adoptee) *supervise.Adoption {
 	slices.SortFunc(runs, func(a, b adoptee) int { return int(min(max(a.label.Began-b.label.Began, -1), 1)) })
 	ad := &supervise.Adoption{State: supervise.State(s.State), Reason: s.Reason, Restarts: s.Restarts}
-	if e := s.LastExit; e != nil {
-		ad.LastExit = &supervise.Exit{Code: e.Code, Signal: e.Signal, Cause: e.Cause, Err: e.Error, At: e.At, Failed: e.Code != 0 || e.Signal != ""}
-	}
+	ad.LastExit = exitFrom(s.LastExit)
 	if len(runs) == 0 {
 		return ad
 	}
@@ -424,12 +422,23 @@ func (d *Daemon) adopt(i *instance, s instanceState, runs []adoptee) *supervise.
 	r.attach(last.Files[keptOut], last.Files[keptErr], last.Files[keptIPC], true)
 	i.run = r
 	ad.Run, ad.Since = r, time.Unix(0, last.label.Began)
+	if last.label.LastExit != nil {
+		ad.LastExit = exitFrom(last.label.LastExit)
+	}
 	ad.Restarts, ad.Unstable = max(s.Restarts, last.label.Restarts), last.label.Unstable
 	for _, ms := range last.label.Recent {
 		ad.Recent = append(ad.Recent, time.UnixMilli(ms))
 	}
 	go r.follow()
 	return ad
+}
+
+// exitFrom turns round exitOf.
+func exitFrom(e *client.Exit) *supervise.Exit {
+	if e == nil {
+		return nil
+	}
+	return &supervise.Exit{Code: e.Code, Signal: e.Signal, Cause: e.Cause, Err: e.Error, At: e.At, Failed: e.Code != 0 || e.Signal != ""}
 }
 
 func (d *Daemon) newInstance(a *app, id, index int) *instance {

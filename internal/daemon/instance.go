@@ -31,6 +31,7 @@ type instance struct {
 	mu         sync.Mutex
 	spec       config.App
 	want       bool           // it shall run
+	asked      bool           // … and its start was asked for but has not begun
 	run        *run           // the latest, nil before the first
 	ended      []proc.Process // runs whose end is not on record yet: the keeper holds them till then
 	lastErr    []string
@@ -149,8 +150,11 @@ func (i *instance) record() instanceState {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	s := instanceState{ID: i.id, Index: i.index, Run: i.want, Alone: i.alone, Created: i.created, Restarts: st.Restarts}
-	if st.Run == nil && (st.State == supervise.StateErrored || st.State == supervise.StateStopped) {
-		s.State, s.LastExit, s.Reason, s.LastErr = client.State(st.State), exitOf(st.LastExit), st.Reason, i.lastErr
+	s.LastExit = exitOf(st.LastExit)
+	// What is at rest but was asked to start would otherwise be taken, after a
+	// crash, for a program that has done its work.
+	if st.Run == nil && !i.asked && (st.State == supervise.StateErrored || st.State == supervise.StateStopped) {
+		s.State, s.Reason, s.LastErr = client.State(st.State), st.Reason, i.lastErr
 	}
 	return s
 }
@@ -160,6 +164,9 @@ func (i *instance) changed(st supervise.Status) {
 	if st.Removed {
 		return
 	}
+	i.mu.Lock()
+	i.asked = false
+	i.mu.Unlock()
 	text := string(st.State)
 	if st.Reason != "" {
 		text += ": " + st.Reason

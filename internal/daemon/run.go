@@ -51,6 +51,8 @@ type label struct {
 	Restarts int     `json:"restarts,omitempty"`
 	Unstable int     `json:"unstable,omitempty"`
 	Recent   []int64 `json:"recent,omitempty"` // Unix milliseconds
+
+	LastExit *client.Exit `json:"last_exit,omitempty"` // of the run before
 }
 
 // run is one life of an instance's process. It implements [supervise.Run].
@@ -417,7 +419,7 @@ func (r *run) Kill(cause string) {
 func (i *instance) label(a supervise.Attempt) ([]byte, error) {
 	l := label{ID: i.id, App: i.app, Began: time.Now().UnixNano(), Restarts: a.Restarts}
 	if st, ok := i.sup.Status(i.name); ok {
-		l.Unstable = st.Unstable
+		l.Unstable, l.LastExit = st.Unstable, exitOf(st.LastExit)
 		for _, t := range st.Recent {
 			l.Recent = append(l.Recent, t.UnixMilli())
 		}
