@@ -51,7 +51,9 @@ const maxBody = 64 << 20
 
 type body[T any] struct{ Body T }
 
-type targetQuery struct {
+// TargetQuery is the part of a query that chooses instances. It is exported for
+// huma, which looks past embedded types that are not.
+type TargetQuery struct {
 	Target []string `query:"target,explode" doc:"Name, id, namespace, app:index, /regular expression/ or all; may be repeated. None means all."`
 }
 
@@ -69,7 +71,7 @@ func Handler(d Daemon, version string) http.Handler {
 	type instances struct {
 		Instances []client.Instance `json:"instances"`
 	}
-	get(a, "list", "/v1/instances", "List instances", func(_ context.Context, in *targetQuery) (instances, error) {
+	get(a, "list", "/v1/instances", "List instances", func(_ context.Context, in *TargetQuery) (instances, error) {
 		list, err := d.List(in.Target)
 		return instances{list}, err
 	})
@@ -77,7 +79,7 @@ func Handler(d Daemon, version string) http.Handler {
 		Details []client.Detail `json:"details"`
 	}
 	type detailQuery struct {
-		targetQuery
+		TargetQuery
 		Secrets bool `query:"secrets" doc:"Show the values of variables whose names look like secrets."`
 	}
 	get(a, "describe", "/v1/details", "Describe instances", func(_ context.Context, in *detailQuery) (details, error) {
@@ -116,7 +118,7 @@ func Handler(d Daemon, version string) http.Handler {
 	})
 
 	type logQuery struct {
-		targetQuery
+		TargetQuery
 		Lines  int       `query:"lines" doc:"Last N lines of each file; negative for all."`
 		Since  time.Time `query:"since"`
 		Until  time.Time `query:"until"`
@@ -129,7 +131,7 @@ func Handler(d Daemon, version string) http.Handler {
 		return d.Logs(ctx, client.LogQuery{Targets: in.Target, Lines: in.Lines, Since: in.Since, Until: in.Until, Grep: in.Grep, Out: in.Out, Err: in.Err, Follow: in.Follow})
 	})
 	type eventQuery struct {
-		targetQuery
+		TargetQuery
 		After  uint64 `query:"after"`
 		Follow bool   `query:"follow"`
 	}

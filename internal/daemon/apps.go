@@ -107,7 +107,7 @@ func masked(env map[string]string) map[string]string {
 	}
 	out := make(map[string]string, len(env))
 	for k, v := range env {
-		if secretName(k) && v != "" {
+		if config.SecretName(k) && v != "" {
 			v = "********"
 		}
 		out[k] = v

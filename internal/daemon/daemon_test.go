@@ -205,14 +205,6 @@ func TestEventsInOrderAndSlowOnesDropped(t *testing.T) {
 	}
 }
 
-func TestSecretNames(t *testing.T) {
-	for name, want := range map[string]bool{"DB_PASSWORD": true, "GITHUB_TOKEN": true, "AWS_SECRET_ACCESS_KEY": true, "PORT": false, "PATH": false, "api_key": true} {
-		if secretName(name) != want {
-			t.Errorf("%s: %v", name, !want)
-		}
-	}
-}
-
 func TestRefusalsKeepTheirStatus(t *testing.T) {
 	var e *client.Error
 	if !errors.As(refuse(http.StatusConflict, "x"), &e) || e.Status != http.StatusConflict {

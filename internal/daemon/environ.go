@@ -225,14 +225,3 @@ func readEnviron(pid int) (map[string]string, error) {
 	}
 	return env, nil
 }
-
-// secretName says whether a variable's value had better not be shown.
-func secretName(name string) bool {
-	n := strings.ToUpper(name)
-	for _, s := range []string{"SECRET", "TOKEN", "PASSWORD", "PASSWD", "APIKEY", "API_KEY", "PRIVATE", "CREDENTIAL", "ACCESS_KEY", "AUTH", "DATABASE_URL", "_DSN"} {
-		if strings.Contains(n, s) {
-			return true
-		}
-	}
-	return false
-}
