@@ -5,12 +5,14 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/remuda-dev/remuda/client"
 	"github.com/remuda-dev/remuda/internal/config"
@@ -38,6 +40,11 @@ func (c *cli) isFile(arg string) bool {
 func (c *cli) targets(ctx context.Context, args []string) ([]string, error) {
 	var out []string
 	for _, a := range args {
+		if len(a) > 2 && a[0] == '/' && a[len(a)-1] == '/' {
+			if _, err := regexp.Compile(a[1 : len(a)-1]); err != nil {
+				return nil, usage("", "target %s: %v", clip(a), err)
+			}
+		}
 		if !c.isFile(a) {
 			out = append(out, a)
 			continue
@@ -169,7 +176,7 @@ func failure(o *client.Outcome, p paint) []string {
 			head += "; last run: " + how
 		}
 	}
-	return append([]string{p.red(head)}, stderrLines(o.LastErr)...)
+	return append([]string{p.red(head)}, stderrLines(o.LastErr, allStderrLines)...)
 }
 
 // Timing of the line that tells a waiting person what is waited for.
@@ -404,6 +411,9 @@ func (c *cli) signalCommand() *cobra.Command {
 		},
 		RunE: c.run(needDaemon, func(ctx context.Context, args []string) error {
 			sig := signalName(args[0])
+			if n, err := strconv.Atoi(sig); unix.SignalNum(sig) == 0 && (err != nil || n < 0 || n > 64) {
+				return usage("`kill -l` lists the signals.", "%q is no signal", clip(args[0]))
+			}
 			res, err := c.client.Signal(ctx, client.SignalRequest{Targets: args[1:], Signal: sig})
 			if err != nil {
 				return err

@@ -144,7 +144,7 @@ func description(d *client.Detail, p paint, now time.Time) string {
 	)
 	if len(d.LastErr) > 0 {
 		block("Last lines of stderr")
-		for _, l := range stderrLines(d.LastErr) {
+		for _, l := range stderrLines(d.LastErr, allStderrLines) {
 			b.WriteString(l + "\n")
 		}
 	}

@@ -121,6 +121,8 @@ func (c *cli) table(list []client.Instance) {
 const (
 	maxTroubles    = 10
 	maxStderrLines = 5
+	// … and of a program that was just started in vain: a whole stack trace.
+	allStderrLines = 30
 )
 
 // troubles is what is wrong with instances, in lines.
@@ -172,7 +174,7 @@ func trouble(i *client.Instance, now time.Time) []string {
 		}
 		lines = append(lines, why)
 		if i.State == client.Errored {
-			lines = append(lines, stderrLines(i.LastErr)...)
+			lines = append(lines, stderrLines(i.LastErr, maxStderrLines)...)
 		}
 	}
 	if i.LogTrouble != "" {
@@ -190,8 +192,8 @@ func trouble(i *client.Instance, now time.Time) []string {
 }
 
 // stderrLines are the last lines of stderr, marked as such.
-func stderrLines(last []string) []string {
-	if n := len(last) - maxStderrLines; n > 0 {
+func stderrLines(last []string, most int) []string {
+	if n := len(last) - most; n > 0 {
 		last = last[n:]
 	}
 	var out []string

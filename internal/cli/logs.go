@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"regexp"
 	"strings"
 	"time"
 
@@ -86,6 +87,9 @@ restarted meanwhile, it goes on where it was.`,
 func (c *cli) logs(ctx context.Context, targets []string, o logFlags) error {
 	if o.follow && o.nostream {
 		return usage("", "--follow and --nostream exclude each other")
+	}
+	if _, err := regexp.Compile(o.grep); err != nil {
+		return usage("", "--grep: %v", err)
 	}
 	now := time.Now()
 	q := client.LogQuery{Targets: targets, Lines: o.lines, Out: o.out, Err: o.err, Grep: o.grep}

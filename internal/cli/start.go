@@ -278,6 +278,13 @@ func (c *cli) known(ctx context.Context, arg string) (bool, error) {
 		return false, nil
 	}
 	_, err := c.client.List(ctx, arg)
+	if errors.Is(err, client.ErrUnreachable) && !errors.Is(err, os.ErrPermission) && c.hasState() {
+		// The daemon was lost, and what it ran may be what is meant.
+		if err := c.launch(ctx); err != nil {
+			return false, err
+		}
+		_, err = c.client.List(ctx, arg)
+	}
 	switch {
 	case err == nil:
 		return true, nil
@@ -293,6 +300,12 @@ func (c *cli) known(ctx context.Context, arg string) (bool, error) {
 		return false, nil
 	}
 	return false, err
+}
+
+// hasState says whether the daemon's folder holds apps of a daemon before.
+func (c *cli) hasState() bool {
+	st, err := os.Stat(filepath.Join(c.client.Home(), "state.json"))
+	return err == nil && st.Size() > 0
 }
 
 func isNumber(s string) bool {

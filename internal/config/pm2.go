@@ -339,7 +339,7 @@ func exists(path string) bool { _, err := os.Stat(path); return err == nil }
 func (a *pm2App) build(deploy *node) bool {
 	before := len(a.list) + a.more
 	if n := a.n.get("name"); n != nil && n.scalar() {
-		a.what = fmt.Sprintf("app %q", n.text)
+		a.what = "app " + clip(n.text)
 	}
 	a.index()
 	script := a.str("script")
@@ -358,7 +358,7 @@ func (a *pm2App) build(deploy *node) bool {
 	if a.boolean("append_env_to_name", false) && a.opts.Env != "" {
 		name += "-" + a.opts.Env
 	}
-	a.what = fmt.Sprintf("app %q", name)
+	a.what = "app " + clip(name)
 	base := a.base(script)
 	a.app = App{
 		Name:         name,

@@ -56,7 +56,7 @@ func (l *procfileLoader) load(data []byte) *File {
 			seen[name] = num
 			a := l.app(name, command, base+100*len(f.Apps), own)
 			for _, p := range validate(&a) {
-				l.at(num, 1, "app %q: %s", name, p.text)
+				l.at(num, 1, "app %s: %s", clip(name), p.text)
 			}
 			f.Apps = append(f.Apps, a)
 		}

@@ -377,7 +377,7 @@ func (l *remudaLoader) chain(vars map[string]string) func(string) (string, bool)
 func (l *remudaLoader) home() string { return l.environ["HOME"] }
 
 func (l *remudaLoader) app(entry field, rf *remudaFile, shared map[string]string, logs Logs) App {
-	what := fmt.Sprintf("app %q", entry.key)
+	what := "app " + clip(entry.key)
 	vars := l.variables(entry.val, shared, what)
 	l.lookup = l.chain(vars)
 	defer func() { l.lookup = l.chain(shared) }()
@@ -632,10 +632,10 @@ func (l *remudaLoader) command(a *App, argv []string, shell bool, n *node) {
 	if l.opts.NoCheck {
 		return
 	}
-	what := fmt.Sprintf("app %q: run", a.Name)
+	what := "app " + clip(a.Name) + ": run"
 	if err := checkDir(a.Cwd); err != nil {
 		line, col := find(n, "cwd", n.line, n.col)
-		l.at(line, col, "app %q: cwd: %v", a.Name, err)
+		l.at(line, col, "app %s: cwd: %v", clip(a.Name), err)
 		return
 	}
 	if filepath.IsAbs(a.Command[0]) {

@@ -32,7 +32,7 @@ const (
 
 const (
 	// tailLines of stderr are kept of a run that failed.
-	tailLines = 10
+	tailLines = 30 // a stack trace of Node, whose first lines say what it is about
 	// finishWait is how long the end of a run waits for a log that cannot be
 	// written.
 	finishWait = 2 * time.Second
