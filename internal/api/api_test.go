@@ -78,12 +78,19 @@ func serve(t *testing.T, r *recorder) *client.Client {
 		t.Fatal(err)
 	}
 	srv := &http.Server{Handler: Handler(r, "9"), ReadHeaderTimeout: time.Second}
-	done := make(chan error, 1)
-	go func() { done <- srv.Serve(l) }()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			t.Error(err)
+		}
+	}()
 	c := client.New(home)
 	t.Cleanup(func() {
 		c.Close()
-		srv.Close()
+		if err := srv.Close(); err != nil {
+			t.Error(err)
+		}
 		<-done
 	})
 	return c
@@ -110,7 +117,8 @@ func TestQueriesArriveWhole(t *testing.T) {
 	req := client.ActRequest{Verb: client.VerbRestart, Targets: targets, Env: map[string]string{"A": "1"}, Signal: "SIGHUP"}
 	_, err = c.Act(ctx, req)
 	want("act", err, req)
-	for range c.Events(ctx, 7, true, targets...) {
+	for _, err := range c.Events(ctx, 7, true, targets...) {
+		t.Error(err)
 	}
 	want("events", nil, []any{uint64(7), true, targets})
 	q := client.LogQuery{Targets: targets, Lines: -1, Since: time.Unix(1, 5).UTC(), Until: time.Unix(2, 0).UTC(), Grep: "a+", Out: true, Err: true, Follow: true}
