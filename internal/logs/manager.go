@@ -38,7 +38,7 @@ type Manager struct {
 	sinks       map[string]*sink
 	open        map[*sink]struct{} // log is open
 	idle        *time.Timer        // nil: nothing is open
-	jobs        []compressJob
+	jobs        []packJob
 	compressing bool
 	nullFD      int
 }

@@ -75,7 +75,7 @@ func TestReadAgainstNaive(t *testing.T) {
 				}
 				if p < parts-1 {
 					if how := rapid.SampledFrom([]string{CompressNone, CompressGzip, CompressZstd}).Draw(rt, "how"); how != CompressNone {
-						if err := (compressJob{n, int64(p + 1), how}).run(nil); err != nil {
+						if err := (packJob{n, rotatedFile{seq: int64(p + 1)}, how}).run(nil); err != nil {
 							rt.Fatal(err)
 						}
 					}

@@ -114,11 +114,10 @@ func (n names) list() ([]rotatedFile, error) {
 	return out[:w], nil
 }
 
+// remove removes r in whatever form it has by now.
 func (n names) remove(r rotatedFile) {
-	_ = os.Remove(n.file(r))
-	if r.both {
-		_ = os.Remove(n.rotated(r.seq) + ".gz")
-		_ = os.Remove(n.rotated(r.seq) + ".zst")
+	for _, suffix := range []string{"", ".gz", ".zst"} {
+		_ = os.Remove(n.rotated(r.seq) + suffix)
 	}
 	_ = os.Remove(n.rotatedIndex(r.seq))
 }
@@ -264,13 +263,15 @@ func (s *sink) rotate(off int64) error {
 	}
 	list = append(list, rotatedFile{seq: j.seq})
 	for len(list) > max(0, s.t.Keep) {
-		s.remove(list[0])
+		// Not here: to give back megabytes of cache takes the kernel
+		// milliseconds, during which the pipe would fill.
+		s.m.later(packJob{names: s.names, file: list[0]})
 		list = list[1:]
 	}
 	if s.t.Compress != "" && s.t.Compress != CompressNone {
 		for _, r := range list {
 			if r.suffix == "" {
-				s.m.compress(s.names, r.seq, s.t.Compress)
+				s.m.later(packJob{names: s.names, file: r, how: s.t.Compress})
 			}
 		}
 	}
@@ -312,18 +313,19 @@ func (s *sink) copyTail(off int64) error {
 	return nil
 }
 
-// compressor packs rotated files, one at a time, in a goroutine that lives
-// only while there are any.
-type compressJob struct {
+// packJob is work on a rotated file: to pack it (how), or to remove it ("").
+type packJob struct {
 	names names
-	seq   int64
+	file  rotatedFile
 	how   string
 }
 
-func (m *Manager) compress(n names, seq int64, how string) {
+// later has a job done by a goroutine that lives only while there are any, one
+// job at a time. What is not done when the manager ends is found again at the
+// next rotation.
+func (m *Manager) later(job packJob) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	job := compressJob{n, seq, how}
 	if m.closed || slices.Contains(m.jobs, job) {
 		return
 	}
@@ -344,17 +346,25 @@ func (m *Manager) compressLoop() {
 			m.mu.Unlock()
 			return
 		}
-		j := m.jobs[0]
+		// Removals first: nothing must be packed that is to go.
+		i := max(0, slices.IndexFunc(m.jobs, func(j packJob) bool { return j.how == "" }))
+		j := m.jobs[i]
 		m.mu.Unlock()
-		_ = j.run(m.stop) // the file stays as it is then; tried again at the next rotation
+		if j.how == "" {
+			j.names.remove(j.file)
+		} else {
+			_ = j.run(m.stop) // where it fails the file stays as it is
+		}
 		m.mu.Lock()
-		m.jobs = m.jobs[1:]
+		if i = slices.Index(m.jobs, j); i >= 0 {
+			m.jobs = slices.Delete(m.jobs, i, i+1)
+		}
 		m.mu.Unlock()
 	}
 }
 
-func (j compressJob) run(stop <-chan struct{}) (err error) {
-	src := j.names.rotated(j.seq)
+func (j packJob) run(stop <-chan struct{}) (err error) {
+	src := j.names.rotated(j.file.seq)
 	fd, err := openFile(src, unix.O_RDONLY)
 	if err != nil {
 		return err
