@@ -48,11 +48,11 @@ func TestLogLines(t *testing.T) {
 	f.on("/v1/logs", func(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprintln(w, `{"error":"the file is gone"}`)
 	})
-	remuda(t, f.home, "logs", "--nostream").want(t, ExitUsage, "", "the file is gone")
+	remuda(t, f.home, "logs", "--nostream").want(t, ExitFailed, "", "the file is gone")
 	f.on("/v1/logs", func(w http.ResponseWriter, _ *http.Request) {
 		problem(w, http.StatusUnprocessableEntity, "grep: missing )")
 	})
-	remuda(t, f.home, "logs", "--grep", "(").want(t, ExitUsage, "", "missing )")
+	remuda(t, f.home, "logs", "--grep", "(").want(t, ExitUsage, "", "missing closing )")
 }
 
 // TestFollowReconnects has the daemon go away in the middle of a line and come
