@@ -73,7 +73,7 @@ func (l *Launcher) Describe() (tree, memory string) { return l.groups.describe()
 func (g *groups) describe() (tree, memory string) {
 	tree = "cgroup v2 at " + g.tree
 	if g.tree == "" {
-		tree = "none: " + g.treeWhy + "; processes are traced by parent, session and environment"
+		tree = "none: " + g.treeWhy + "; processes are traced by parent, session, environment and brand"
 	}
 	switch {
 	case g.mem == "":
@@ -119,6 +119,7 @@ func (l *Launcher) Launch(spec *Spec, fds []int) (*Tree, error) {
 	l.mu.Unlock()
 
 	t := &Tree{l: l, run: l.opts.Tag + "-" + unique}
+	t.brand = brandOf(l.opts.Tag, unique)
 	if spec.MemoryMax > 0 {
 		if err := l.makeMemory(t, spec, unique); err != nil {
 			return nil, err
@@ -227,7 +228,7 @@ func (l *Launcher) start(t *Tree, spec *Spec, fds []int) (int, error) {
 	}
 
 	fork := func() (int, error) {
-		pid, err := syscall.ForkExec(spec.Path, args, attr)
+		pid, err := forkExec(spec.Path, args, attr, t.brand)
 		if err == nil {
 			return pid, nil
 		}
@@ -235,7 +236,7 @@ func (l *Launcher) start(t *Tree, spec *Spec, fds []int) (int, error) {
 		if !sure && sys.UseCgroupFD && t.mem != t.dir {
 			// It may be the cgroup that the kernel did not like: trace instead.
 			sys.UseCgroupFD = false
-			if pid, err = syscall.ForkExec(spec.Path, args, attr); err == nil {
+			if pid, err = forkExec(spec.Path, args, attr, t.brand); err == nil {
 				removeGroup(t.dir)
 				t.dir = ""
 				return pid, nil

@@ -61,7 +61,7 @@ func Sweep(ctx context.Context, tag string) (killed int, err error) {
 		}
 		in := make(map[int]bool)
 		for _, st := range all {
-			if !spare[st.pid] && strings.HasPrefix(runMark(st), tag+"-") {
+			if !spare[st.pid] && (strings.HasPrefix(runMark(st), tag+"-") || brandedBy(tag, brandedAs(st.pid))) {
 				in[st.pid] = true
 			}
 		}

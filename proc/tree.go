@@ -21,6 +21,8 @@ type Tree struct {
 	l   *Launcher
 	id  ID
 	run string // value of RunVar
+
+	brand uint64 // soft RLIMIT_LOCKS of its processes: see brandOf
 	dir string // cgroup v2 directory, "" where the run is traced
 	mem string // cgroup directory with the memory limit, "" where there is none
 
@@ -325,9 +327,9 @@ func (t *Tree) Remove() {
 
 // trace finds the live processes of a run without a cgroup. They are: the
 // leader; what is in its session or process group; what carries the run's mark
-// in its environment; and all descendants of these. A process that neither
-// descends from a live member, nor kept session, process group or environment,
-// cannot be found.
+// in its environment, or its brand; and all descendants of these. A process
+// that neither descends from a live member, nor kept session, process group or
+// environment, and has set its limits anew, cannot be found.
 func (t *Tree) trace() ([]ID, error) {
 	if t.l.opts.Subreaper {
 		ids, err := t.traceChildren()
@@ -459,7 +461,7 @@ func (t *Tree) owns(st stat) bool {
 	if mark := runMark(st); mark != "" {
 		return mark == t.run
 	}
-	return st.session == t.id.PID || st.pgrp == t.id.PID
+	return st.session == t.id.PID || st.pgrp == t.id.PID || brandedAs(st.pid) == t.brand
 }
 
 // live reports whether the process can still do something: a zombie cannot,
