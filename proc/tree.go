@@ -23,8 +23,8 @@ type Tree struct {
 	run string // value of RunVar
 
 	brand uint64 // soft RLIMIT_LOCKS of its processes: see brandOf
-	dir string // cgroup v2 directory, "" where the run is traced
-	mem string // cgroup directory with the memory limit, "" where there is none
+	dir   string // cgroup v2 directory, "" where the run is traced
+	mem   string // cgroup directory with the memory limit, "" where there is none
 
 	mu     sync.Mutex // keeps a signal to the leader and its reaping apart
 	reaped bool
