@@ -225,12 +225,13 @@ func (d *Daemon) serve(ctx context.Context) error {
 		ErrorLog:          slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
 	}
 	served := make(chan error, 1)
+	count := len(d.instances) // from here on it is shared
 	go func() { served <- srv.Serve(l) }()
-	if err := d.keeper.Ready(ctx, fmt.Sprintf("%d instances", len(d.instances))); err != nil {
+	if err := d.keeper.Ready(ctx, fmt.Sprintf("%d instances", count)); err != nil {
 		d.log.Warn("the keeper was not told that the controller is ready", "error", err)
 	}
 	d.event(nil, "daemon.started", os.Getpid(), fmt.Sprintf("controller %d of keeper %d", os.Getpid(), d.inventory.keeperPID))
-	d.log.Info("controller ready", "pid", os.Getpid(), "instances", len(d.instances), "took", time.Since(d.started).Round(time.Microsecond))
+	d.log.Info("controller ready", "pid", os.Getpid(), "instances", count, "took", time.Since(d.started).Round(time.Microsecond))
 	d.quiet.Reset(quietFor)
 	for {
 		select {
