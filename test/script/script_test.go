@@ -68,13 +68,14 @@ func TestScripts(t *testing.T) {
 			if err := os.Chmod(env.WorkDir, 0o755); err != nil {
 				return err
 			}
-			h := &harness.Home{Dir: env.WorkDir, Home: filepath.Join(env.WorkDir, "h"), Bin: bin}
+			h := &harness.Home{Dir: env.WorkDir, Home: filepath.Join(env.WorkDir, "h"), Bin: bin, Env: []string{"GORACE=" + noPause}}
 			env.Setenv("PATH", binDir+":"+os.Getenv("PATH"))
 			env.Setenv("HOME", env.WorkDir)
 			env.Setenv("REMUDA_HOME", h.Home)
 			env.Setenv("NO_COLOR", "1")
 			env.Setenv("LANG", "C.UTF-8")
 			env.Setenv("ROOT", harness.Root())
+			env.Setenv("GORACE", noPause)
 			env.Values["home"] = h
 			env.Defer(func() {
 				name := filepath.Base(env.WorkDir)
@@ -113,6 +114,10 @@ func TestScripts(t *testing.T) {
 		},
 	})
 }
+
+// noPause keeps a program with the race detector from waiting for a second
+// before it ends.
+const noPause = "atexit_sleep_ms=0"
 
 func last(b []byte, n int) string { return string(b[max(0, len(b)-n):]) }
 
