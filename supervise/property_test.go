@@ -225,9 +225,9 @@ func (p *plan) play(t *testing.T) error {
 		case "all": // a burst at one instant: the last word counts
 			w.setWant(true, names...)
 			err = errors.Join(s.Restart("", names...), s.Start(names...), s.Restart("", names...))
-			w.setWant(o.code == 0, names...)
 			if o.code != 0 {
 				err = errors.Join(err, s.Stop("", names...))
+				w.setWant(false, names...) // not before: the starts above are under way
 			}
 		case "fail":
 			err = s.Fail("probe", names...)
