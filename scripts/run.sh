@@ -17,9 +17,7 @@ if [ -z "${PORT-}" ] && ! bin/remuda pid web 2>/dev/null | grep -q '^[1-9]'; the
 	done
 	export PORT
 fi
-bin/remuda up -f "$file"
-echo
-bin/remuda list
+bin/remuda up -f "$file" # ends with the table of what runs
 
 farewell() {
 	cat <<END
