@@ -27,7 +27,7 @@ const (
 
 // defaultLogs is the same for every format: rotation is on.
 func defaultLogs() Logs {
-	return Logs{MaxSize: 10 << 20, Keep: 10, Compress: "none"}
+	return Logs{MaxSize: 50 << 20, Keep: 5, Compress: "none"}
 }
 
 // defaultRestart is remuda.yaml's; PM2's is in pm2.go.

@@ -246,9 +246,9 @@ type remudaLogs struct {
 	Combine  *bool      `json:"combine,omitempty" jsonschema_description:"stderr goes where stdout goes. Default: false."`
 	Time     timeFormat `json:"time,omitempty" jsonschema_description:"Put the time before each line: true (2006-01-02T15:04:05.000Z07:00) or a Go time layout."`
 	JSON     *bool      `json:"json,omitempty" jsonschema_description:"Write each line as a JSON object. Default: false."`
-	MaxSize  *byteSize  `json:"max_size,omitempty" jsonschema_description:"Rotate a file of this size; 0 for never. Default: 10MB."`
+	MaxSize  *byteSize  `json:"max_size,omitempty" jsonschema_description:"Rotate a file of this size; 0 for never. Default: 50MB."`
 	MaxAge   *Duration  `json:"max_age,omitempty" jsonschema_description:"Rotate a file after this time; 0 for never. Default: 0."`
-	Keep     *int       `json:"keep,omitempty" jsonschema:"minimum=0" jsonschema_description:"Rotated files that are kept. Default: 10."`
+	Keep     *int       `json:"keep,omitempty" jsonschema:"minimum=0" jsonschema_description:"Rotated files that are kept. Default: 5."`
 	Compress string     `json:"compress,omitempty" jsonschema:"enum=none,enum=gzip,enum=zstd" jsonschema_description:"Rotated files. Default: none."`
 }
 

@@ -41,8 +41,8 @@ const (
 
 // Defaults that callers may want where their user said nothing.
 const (
-	DefaultMaxSize = 10 << 20
-	DefaultKeep    = 10
+	DefaultMaxSize = 50 << 20
+	DefaultKeep    = 5
 	// MaxLine is the length in bytes up to which a line stays whole.
 	MaxLine = 1 << 20
 )
