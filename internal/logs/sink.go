@@ -388,6 +388,9 @@ func (s *sink) take(c *Capture) (more bool, err error) {
 		n, err := s.move(c)
 		if err != nil {
 			if errors.Is(err, unix.EAGAIN) {
+				if taken >= 64<<10 && c.soon() {
+					continue
+				}
 				return false, nil
 			}
 			return false, err
@@ -408,6 +411,14 @@ func (s *sink) take(c *Capture) (more bool, err error) {
 		}
 	}
 	return true, nil
+}
+
+// soon waits a moment for more from a program that is in the middle of writing
+// much: the way back through the epoll loop costs more than that.
+func (c *Capture) soon() bool {
+	p := []unix.PollFd{{Fd: int32(c.pipe), Events: unix.POLLIN}}
+	n, err := unix.Poll(p, 1)
+	return err == nil && n > 0
 }
 
 // move splices one chunk.
