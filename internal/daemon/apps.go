@@ -124,7 +124,18 @@ func (d *Daemon) Start(ctx context.Context, req client.StartRequest) (client.Act
 	if err != nil {
 		return client.ActResult{}, err
 	}
-	return client.ActResult{Instances: d.settle(ctx, touched, begin), Warnings: d.unsaved(nil)}, nil
+	return client.ActResult{Instances: d.settle(ctx, touched, begin), Warnings: d.unsaved(clusterWarnings(req.Apps))}, nil
+}
+
+// clusterWarnings says what is not carried out of cluster mode.
+func clusterWarnings(apps []config.App) []string {
+	var out []string
+	for _, a := range apps {
+		if a.ExecMode == "cluster" && a.Instances > 1 {
+			out = append(out, fmt.Sprintf("app %q: exec_mode cluster is not carried out yet: its %d instances run as separate processes and cannot share a port", a.Name, a.Instances))
+		}
+	}
+	return out
 }
 
 func (d *Daemon) startLocked(req client.StartRequest) ([]*instance, error) {
@@ -652,7 +663,7 @@ func (d *Daemon) Up(ctx context.Context, req client.UpRequest) (client.ActResult
 				mine = append(mine, i)
 			}
 		}
-		res.Instances, res.Warnings = d.merged(mine, settled), d.unsaved(nil)
+		res.Instances, res.Warnings = d.merged(mine, settled), d.unsaved(clusterWarnings(req.Apps))
 	}
 	return res, nil
 }

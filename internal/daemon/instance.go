@@ -38,6 +38,8 @@ type instance struct {
 	logTrouble string
 	logLost    int64
 	signalOnce string // stop signal for the next stop only
+	told       string // the last state that was announced
+	toldPID    int
 }
 
 // key is what the keeper knows the next run by, and the name of its cgroup.
@@ -175,7 +177,13 @@ func (i *instance) changed(st supervise.Status) {
 	if r, ok := st.Run.(*run); ok && r != nil {
 		pid = r.proc.ID().PID
 	}
-	i.d.event(i, "app."+string(st.State), pid, text)
+	i.mu.Lock()
+	news := text != i.told || pid != 0 && st.State != supervise.StateStarting && pid != i.toldPID
+	i.told, i.toldPID = text, pid
+	i.mu.Unlock()
+	if news {
+		i.d.event(i, "app."+string(st.State), pid, text)
+	}
 	if st.Run != nil || st.State != supervise.StateErrored && st.State != supervise.StateStopped {
 		return
 	}

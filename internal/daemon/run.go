@@ -361,7 +361,7 @@ func (r *run) finish() {
 	i.ended = append(i.ended, r.proc)
 	i.mu.Unlock()
 	text := e.String()
-	if r.exit.Cause != "" {
+	if r.exit.Cause != "" && !e.OOM { // that it says itself
 		text += " (" + r.exit.Cause + ")"
 	}
 	i.d.event(i, "app.exit", r.proc.ID().PID, text)
