@@ -193,7 +193,7 @@ func newDaemon(o Options, k *keeper.Client, inv *keeper.Inventory) (*Daemon, err
 	if d.hub, err = nodeipc.NewHub(); err != nil {
 		return nil, err
 	}
-	if d.logs, err = logs.New(logs.Options{OnTrouble: d.onTrouble}); err != nil {
+	if d.logs, err = logs.New(logs.Options{OnTrouble: d.onTrouble, Relay: d.relay, Unrelay: d.unrelay}); err != nil {
 		return nil, err
 	}
 	d.store = newStore(filepath.Join(o.Home, "state.json"), d.snapshot)
@@ -343,8 +343,9 @@ func (d *Daemon) restore(st state, inv *keeper.Inventory) {
 		}
 		running[l.ID] = append(running[l.ID], adoptee{Adopted: a, label: l})
 	}
+	relays := map[string]*os.File{}
 	for _, s := range inv.Stored {
-		s.File.Close()
+		relays[s.Name] = s.File
 	}
 	d.groups = st.Groups
 	d.makeGroups(st.Groups)
@@ -368,12 +369,16 @@ func (d *Daemon) restore(st state, inv *keeper.Inventory) {
 	for _, p := range all {
 		spec := p.i.child()
 		spec.DependsOn = d.dependencies(p.i.spec)
-		spec.Adopt = d.adopt(p.i, p.s, running[p.i.id])
+		spec.Adopt = d.adopt(p.i, p.s, running[p.i.id], relays)
 		delete(running, p.i.id)
 		if err := p.i.sup.Add(spec, p.i.want); err != nil {
 			d.warnings = append(d.warnings, err.Error())
 			d.log.Error("cannot supervise", "instance", p.i.name, "error", err)
 		}
+	}
+	for name, f := range relays { // of runs that are gone
+		f.Close()
+		_ = d.keeper.Drop(context.Background(), name)
 	}
 	for _, list := range running { // of instances that were deleted
 		for _, a := range list {
@@ -408,7 +413,7 @@ func endStranger(a adoptee) {
 // adopt makes what the supervisor must know of an instance that lived before
 // this controller: its latest run where the keeper has one, else how it had
 // ended.
-func (d *Daemon) adopt(i *instance, s instanceState, runs []adoptee) *supervise.Adoption {
+func (d *Daemon) adopt(i *instance, s instanceState, runs []adoptee, relays map[string]*os.File) *supervise.Adoption {
 	slices.SortFunc(runs, func(a, b adoptee) int { return int(min(max(a.label.Began-b.label.Began, -1), 1)) })
 	ad := &supervise.Adoption{State: supervise.State(s.State), Reason: s.Reason, Restarts: s.Restarts}
 	ad.LastExit = exitFrom(s.LastExit)
@@ -420,7 +425,13 @@ func (d *Daemon) adopt(i *instance, s instanceState, runs []adoptee) *supervise.
 	}
 	last := runs[len(runs)-1]
 	r := newRun(i, i.spec, last.Process)
-	r.attach(last.Files[keptOut], last.Files[keptErr], last.Files[keptIPC], true)
+	kept := descriptors{out: last.Files[keptOut], err: last.Files[keptErr], ipc: last.Files[keptIPC], adopted: true}
+	for stream, f := range map[string]**os.File{logs.Out: &kept.outRelay, logs.Err: &kept.errRelay} {
+		name := relayName(i.id, stream)
+		*f = relays[name]
+		delete(relays, name)
+	}
+	r.attach(kept)
 	i.run = r
 	ad.Run, ad.Since = r, time.Unix(0, last.label.Began)
 	if last.label.LastExit != nil {

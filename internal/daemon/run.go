@@ -179,22 +179,31 @@ func (i *instance) spawn(ctx context.Context, spec config.App, a supervise.Attem
 		return nil, err
 	}
 	r := newRun(i, spec, p)
-	r.attach(outR, errR, channel, false)
+	r.attach(descriptors{out: outR, err: errR, ipc: channel})
 	mine = nil
 	return r, nil
 }
 
+// descriptors are this process's ends of what a run is connected by. nil is
+// not there.
+type descriptors struct {
+	out, err           *os.File // read ends of its output
+	outRelay, errRelay *os.File // see relay
+	ipc                *os.File
+	adopted            bool // an earlier controller had them
+}
+
 // attach takes the descriptors of the run over.
-func (r *run) attach(out, err, channel *os.File, adopted bool) {
+func (r *run) attach(d descriptors) {
 	outTo, errTo := r.inst.targets(r.spec)
-	r.out = r.capture(logs.Out, out, outTo, adopted)
-	r.err = r.capture(logs.Err, err, errTo, adopted)
-	if channel == nil {
+	r.out = r.capture(logs.Out, d.out, d.outRelay, outTo, d.adopted)
+	r.err = r.capture(logs.Err, d.err, d.errRelay, errTo, d.adopted)
+	if d.ipc == nil {
 		return
 	}
-	ch, oerr := r.inst.d.hub.Open(channel, nodeipc.Handlers{OnMessage: r.message, OnClose: r.ipcClosed, Resumed: adopted})
+	ch, oerr := r.inst.d.hub.Open(d.ipc, nodeipc.Handlers{OnMessage: r.message, OnClose: r.ipcClosed, Resumed: d.adopted})
 	if oerr != nil {
-		channel.Close()
+		d.ipc.Close()
 		r.inst.d.event(r.inst, "app.ipc", 0, oerr.Error())
 		return
 	}
@@ -203,20 +212,25 @@ func (r *run) attach(out, err, channel *os.File, adopted bool) {
 
 // capture never fails: output that cannot be kept as asked is discarded, and
 // that is told, for a program must not block on its own words.
-func (r *run) capture(stream string, pipe *os.File, t logs.Target, adopted bool) *logs.Capture {
+func (r *run) capture(stream string, pipe, relay *os.File, t logs.Target, adopted bool) *logs.Capture {
 	if pipe == nil {
 		return nil
 	}
 	src := logs.Source{App: r.inst.app, ID: r.inst.id, Stream: stream}
-	c, err := r.inst.d.logs.Attach(src, pipe, t, adopted)
+	attach := func() (*logs.Capture, error) {
+		if adopted {
+			return r.inst.d.logs.Adopt(src, pipe, relay, t)
+		}
+		return r.inst.d.logs.Attach(src, pipe, t, false)
+	}
+	c, err := attach()
 	if err == nil {
 		return c
 	}
 	r.inst.trouble(err.Error())
 	r.inst.d.event(r.inst, "log.trouble", 0, fmt.Sprintf("std%s is discarded: %v", stream, err))
-	t.Path = ""
-	c, err = r.inst.d.logs.Attach(src, pipe, t, adopted)
-	if err != nil {
+	t.Path, relay = "", nil
+	if c, err = attach(); err != nil {
 		pipe.Close()
 		return nil
 	}

@@ -34,7 +34,10 @@ type Capture struct {
 	id      int32
 	pipe    int
 	pipeIno uint64
-	queued  bool // guarded by the writer's mutex
+	relay   *relay // nil while it has none; guarded by s.mu, as the next two
+	noRelay bool   // it was asked for
+	relayed bool   // whoever gave it must be told at the end
+	queued  bool   // guarded by the writer's mutex
 
 	// guarded by s.mu
 	adopted bool
@@ -209,7 +212,7 @@ func (c *Capture) full() bool {
 
 // nothing says that the pipe is empty, and notes whether for good.
 func (c *Capture) nothing() bool {
-	if c.waiting() > 0 {
+	if c.relay != nil && c.relay.pending > 0 || c.waiting() > 0 {
 		return false
 	}
 	p := []unix.PollFd{{Fd: int32(c.pipe), Events: unix.POLLIN}}
@@ -315,7 +318,11 @@ func (c *Capture) Finish(ctx context.Context) error {
 	}
 	c.close()
 	s.detach(c)
+	relayed := c.relayed
 	c.unlock()
+	if relayed && c.m.o.Unrelay != nil {
+		c.m.o.Unrelay(c.src)
+	}
 	return err
 }
 
@@ -324,6 +331,9 @@ func (c *Capture) close() {
 		c.closed = true
 		c.closeSpool()
 		_ = unix.Close(c.pipe)
+		if c.relay != nil {
+			c.relay.close()
+		}
 	}
 }
 

@@ -8,11 +8,15 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 )
+
+// torrent is the log of a program that writes as fast as it can.
+const torrent = "torrent"
 
 // TestKill kills the process that captures, over and over, at random moments,
 // while numbered lines are written; not one may be missing, twice, or torn.
@@ -26,6 +30,7 @@ func TestKill(t *testing.T) {
 	}{
 		{Target{Path: "plain", MaxSize: 40 << 10}, 1},
 		{Target{Path: "plain-gzip", MaxSize: 100 << 10, Compress: CompressGzip}, 1},
+		{Target{Path: torrent, MaxSize: 4 << 20}, 1},
 		{Target{Path: "merged", MaxSize: 40 << 10, Shared: true}, 3},
 		{Target{Path: "merged-unannounced", MaxSize: 40 << 10}, 2},
 		{Target{Path: "time", MaxSize: 40 << 10, TimeFormat: time.RFC3339}, 1},
@@ -36,12 +41,17 @@ func TestKill(t *testing.T) {
 			targets = append(targets, tc.t)
 		}
 	}
-	var reads, stops []*os.File
+	var reads, relays, stops []*os.File
 	var writers []*exec.Cmd
 	for i := range targets {
 		r, w := pipe(t)
 		reads = append(reads, r)
+		y, _ := pipe(t)
+		relays = append(relays, y)
 		cmd := self(t, "numbers", fmt.Sprintf("LOGS_TEST_ID=w%d", i))
+		if strings.HasPrefix(filepath.Base(targets[i].Path), torrent) {
+			cmd.Env = append(cmd.Env, "LOGS_TEST_HASTE=300000")
+		}
 		cmd.Stdout = w
 		in, stop := pipe(t)
 		cmd.Stdin = in
@@ -64,7 +74,7 @@ func TestKill(t *testing.T) {
 			adopted = "0"
 		}
 		c := self(t, "controller", "LOGS_TEST_TARGETS="+string(js), "LOGS_TEST_ADOPTED="+adopted)
-		c.ExtraFiles = reads
+		c.ExtraFiles = slices.Concat(reads, relays)
 		in, err := c.StdinPipe()
 		if err != nil {
 			t.Fatal(err)
@@ -88,7 +98,7 @@ func TestKill(t *testing.T) {
 	m := newManager(t, Options{})
 	var cs []*Capture
 	for i, r := range reads {
-		c, err := m.Attach(Source{"app", i, Out}, r, targets[i], true)
+		c, err := m.Adopt(Source{"app", i, Out}, r, relays[i], targets[i])
 		if err != nil {
 			t.Fatal(err)
 		}

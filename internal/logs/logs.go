@@ -29,6 +29,7 @@
 package logs
 
 import (
+	"os"
 	"regexp"
 	"time"
 )
@@ -118,6 +119,14 @@ type Options struct {
 	// again. It is called without locks held, one call at a time a source,
 	// and must not block for long.
 	OnTrouble func(Trouble)
+	// Relay is asked for a second pipe for a source that writes very much (see
+	// relay.go): the read end of an empty one of which the caller keeps
+	// another descriptor for whoever comes after this process, to be given to
+	// [Manager.Adopt]. It may be asked again for a source whose run ended.
+	// Unrelay says that the latest one of a source is not needed any more. Both
+	// must not block for long. nil: programs that write much wait more often.
+	Relay   func(Source) (*os.File, error)
+	Unrelay func(Source)
 	// Writers is the number of goroutines that write; default 4. They exist
 	// only while there is something to write. A slow disk holds up only the
 	// logs that share its writer.

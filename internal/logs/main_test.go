@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 )
 
 // The test binary is also the programs under test.
@@ -33,19 +34,34 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-// controllerMain attaches the pipes it inherits (3, 4, …) as adopted ones and
-// captures until it is killed.
+// controllerMain attaches the pipes it inherits (3, 4, …, then their relays) as
+// adopted ones and captures until it is killed.
 func controllerMain() {
 	var t []Target
 	if err := json.Unmarshal([]byte(os.Getenv("LOGS_TEST_TARGETS")), &t); err != nil {
 		panic(err)
 	}
-	m, err := New(Options{})
+	relay := func(src Source) (*os.File, error) {
+		fd, err := unix.FcntlInt(uintptr(3+len(t)+src.ID), unix.F_DUPFD_CLOEXEC, 0)
+		return os.NewFile(uintptr(fd), "relay"), err
+	}
+	m, err := New(Options{Relay: relay})
 	if err != nil {
 		panic(err)
 	}
+	m.relayAfter = 1
 	for i := range t {
-		if _, err := m.Attach(Source{"app", i, Out}, os.NewFile(uintptr(3+i), "pipe"), t[i], os.Getenv("LOGS_TEST_ADOPTED") == "1"); err != nil {
+		src, pipe := Source{"app", i, Out}, os.NewFile(uintptr(3+i), "pipe")
+		if os.Getenv("LOGS_TEST_ADOPTED") == "1" {
+			y, rerr := relay(src)
+			if rerr != nil {
+				panic(rerr)
+			}
+			_, err = m.Adopt(src, pipe, y, t[i])
+		} else {
+			_, err = m.Attach(src, pipe, t[i], false)
+		}
+		if err != nil {
 			panic(err)
 		}
 	}
@@ -59,6 +75,7 @@ func numbersMain() {
 	done := make(chan struct{})
 	go func() { _, _ = io.Copy(io.Discard, os.Stdin); close(done) }()
 	id := os.Getenv("LOGS_TEST_ID")
+	haste, _ := strconv.Atoi(os.Getenv("LOGS_TEST_HASTE")) // so many lines without a pause
 	w := bufio.NewWriterSize(os.Stdout, 4096)
 	for n := 0; ; n++ {
 		select {
@@ -69,7 +86,7 @@ func numbersMain() {
 		default:
 		}
 		fmt.Fprintf(w, "%s %d %s\n", id, n, strings.Repeat("x", n%97))
-		if n%50 == 49 {
+		if n%50 == 49 && n >= haste {
 			_ = w.Flush()
 			time.Sleep(10 * time.Millisecond)
 		}

@@ -29,6 +29,8 @@ type Manager struct {
 	settled atomic.Bool
 	down    atomic.Bool
 	bufs    sync.Pool
+	// relayAfter is the constant, but for tests.
+	relayAfter int64
 
 	// mu is taken after a sink's mutex, never before one.
 	mu          sync.Mutex
@@ -83,7 +85,8 @@ func New(o Options) (*Manager, error) {
 	m := &Manager{
 		o: o, ep: os.NewFile(uintptr(fd), "epoll"), epfd: fd,
 		seed: maphash.MakeSeed(), shards: make([]shard, o.Writers), stop: make(chan struct{}),
-		caps: map[int32]*Capture{}, sinks: map[string]*sink{}, open: map[*sink]struct{}{}, nullFD: -1,
+		relayAfter: relayAfter,
+		caps:       map[int32]*Capture{}, sinks: map[string]*sink{}, open: map[*sink]struct{}{}, nullFD: -1,
 	}
 	m.wg.Add(1)
 	go m.loop()
@@ -311,6 +314,10 @@ func discards(path string) bool { return path == "" || path == "none" || path ==
 // link or device other than /dev/null; an unknown Compress; a pipe that is
 // none. A folder or file that cannot be written is no error but a Trouble.
 func (m *Manager) Attach(src Source, pipe *os.File, t Target, adopted bool) (*Capture, error) {
+	return m.attach(src, pipe, nil, t, adopted)
+}
+
+func (m *Manager) attach(src Source, pipe *os.File, y *relay, t Target, adopted bool) (*Capture, error) {
 	t, err := checkTarget(t)
 	if err != nil {
 		return nil, err
@@ -319,7 +326,7 @@ func (m *Manager) Attach(src Source, pipe *os.File, t Target, adopted bool) (*Ca
 	if err != nil {
 		return nil, fmt.Errorf("output of %s %d: %w", src.App, src.ID, err)
 	}
-	c := &Capture{m: m, src: src, pipe: fd, pipeIno: ino, adopted: adopted, end: -1}
+	c := &Capture{m: m, src: src, pipe: fd, pipeIno: ino, relay: y, relayed: y != nil, adopted: adopted, end: -1}
 	s, err := m.sinkOf(t, c)
 	if err != nil {
 		_ = unix.Close(fd)
@@ -344,9 +351,15 @@ func (m *Manager) Attach(src Source, pipe *os.File, t Target, adopted bool) (*Ca
 			}
 		}
 	}
+	if y != nil && y.pending > 0 && c.tr == nil { // the pipe itself may have nothing to say
+		if _, err = s.take(c); err != nil {
+			c.fail(err)
+		}
+	}
 	m.mu.Lock()
 	if m.closed {
 		m.mu.Unlock()
+		c.relay = nil // on error the caller's
 		c.close()
 		s.detach(c)
 		s.mu.Unlock()
@@ -363,6 +376,7 @@ func (m *Manager) Attach(src Source, pipe *os.File, t Target, adopted bool) (*Ca
 	}
 	if err := unix.EpollCtl(m.epfd, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: events, Fd: c.id}); err != nil {
 		m.forget(c)
+		c.relay = nil
 		c.close()
 		s.detach(c)
 		s.mu.Unlock()

@@ -444,14 +444,30 @@ func (s *sink) move(c *Capture) (int64, error) {
 		}
 		s.idx.mark(s.size, s.m.now(), false)
 	}
+	if c.wantsRelay() {
+		c.makeRelay()
+	}
+	from := c.pipe
+	if y := c.relay; y != nil {
+		from = y.r
+		if y.pending == 0 {
+			if n, err := y.fill(c.pipe, int(want)); n <= 0 {
+				if err != nil && !errors.Is(err, unix.EAGAIN) {
+					err = &os.PathError{Op: "relay", Path: s.path, Err: err}
+				}
+				return 0, err
+			}
+		}
+		want = min(want, y.pending)
+	}
 	for {
 		var n int64
 		var err error
 		at := off
 		if s.copying {
-			n, err = copyChunk(c.pipe, out, off)
+			n, err = copyChunk(from, int(min(want, 16<<10)), out, off)
 		} else {
-			n, err = unix.Splice(c.pipe, nil, out, &at, int(want), unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
+			n, err = unix.Splice(from, nil, out, &at, int(want), unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
 		}
 		switch {
 		case errors.Is(err, unix.EINTR):
@@ -469,6 +485,9 @@ func (s *sink) move(c *Capture) (int64, error) {
 		} else {
 			s.size += n
 		}
+		if c.relay != nil {
+			c.relay.pending -= n
+		}
 		if n >= 60<<10 {
 			c.widen()
 		}
@@ -478,7 +497,7 @@ func (s *sink) move(c *Capture) (int64, error) {
 
 // copyChunk is for file systems without splice; a kill between the two calls
 // can lose what it took.
-func copyChunk(pipe, out int, off int64) (int64, error) {
+func copyChunk(pipe, want, out int, off int64) (int64, error) {
 	p := []unix.PollFd{{Fd: int32(pipe), Events: unix.POLLIN}}
 	if _, err := unix.Poll(p, 0); err != nil {
 		return 0, err
@@ -486,7 +505,7 @@ func copyChunk(pipe, out int, off int64) (int64, error) {
 	if p[0].Revents == 0 {
 		return 0, unix.EAGAIN
 	}
-	b := make([]byte, 16<<10)
+	b := make([]byte, want)
 	n, err := unix.Read(pipe, b)
 	if err != nil {
 		return 0, err
@@ -501,6 +520,17 @@ func (s *sink) discard(c *Capture) (int64, error) {
 		return 0, err
 	}
 	total := int64(0)
+	for y := c.relay; y != nil && y.pending > 0; {
+		n, err := unix.Splice(y.r, nil, null, nil, int(y.pending), unix.SPLICE_F_NONBLOCK)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil || n == 0 {
+			return total, err
+		}
+		y.pending -= n
+		total += n
+	}
 	for total < turn {
 		if c.tap != nil {
 			b := make([]byte, readSize)
