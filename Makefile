@@ -23,7 +23,7 @@ help: ## this list
 
 build: ## bin/remuda
 	@scripts/need.sh go
-	go build -o bin/remuda ./cmd/remuda
+	scripts/build.sh
 
 run: ## build, start the daemon with examples/quickstart, show what runs, follow its logs
 	@scripts/run.sh

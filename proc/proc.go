@@ -140,6 +140,9 @@ type Exit struct {
 	User   time.Duration  `json:"user"`
 	Sys    time.Duration  `json:"sys"`
 	MaxRSS int64          `json:"max_rss"` // bytes, the largest of the leader and its waited-for children
+	// Alone says that nothing else of the run was left by then, so that there
+	// is nothing for KillTree to do. False also means that it is not known.
+	Alone bool `json:"alone,omitempty"`
 }
 
 // Ok reports whether the process exited by itself with code 0.

@@ -62,6 +62,10 @@ func (t *Tree) Reap() (exit Exit, done bool) {
 	if t.mem != "" && exit.Signal == unix.SIGKILL {
 		exit.OOM = oomKills(t.mem, t.l.groups.memV1) > 0
 	}
+	if t.dir != "" {
+		live, err := populated(t.dir)
+		exit.Alone = err == nil && !live
+	}
 	return exit, true
 }
 

@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 scripts/need.sh go node python3
 echo "Building bin/remuda …"
-go build -o bin/remuda ./cmd/remuda
+scripts/build.sh
 file=examples/quickstart/remuda.yaml
 
 # A port that something else holds is passed over, unless PORT names one.

@@ -187,7 +187,7 @@ func newDaemon(o Options, k *keeper.Client, inv *keeper.Inventory) (*Daemon, err
 			d.log.Warn(w)
 		}
 	}
-	if d.sampler, err = newSampler(); err != nil {
+	if d.sampler, err = newSampler(k); err != nil {
 		return nil, err
 	}
 	if d.hub, err = nodeipc.NewHub(); err != nil {
@@ -539,7 +539,8 @@ func (d *Daemon) snapshot() state {
 // sampler looks at what processes use, at most once in sampleEvery, so that
 // many lists cost one look.
 type sampler struct {
-	s *monitor.Sampler
+	s      *monitor.Sampler
+	keeper *keeper.Client
 
 	mu   sync.Mutex
 	at   time.Time
@@ -548,12 +549,12 @@ type sampler struct {
 
 const sampleEvery = 200 * time.Millisecond
 
-func newSampler() (*sampler, error) {
+func newSampler(k *keeper.Client) (*sampler, error) {
 	s, err := monitor.NewSampler()
 	if err != nil {
 		return nil, err
 	}
-	return &sampler{s: s}, nil
+	return &sampler{s: s, keeper: k}, nil
 }
 
 func (s *sampler) usage(instances []*instance) map[int]monitor.Usage {
@@ -562,6 +563,7 @@ func (s *sampler) usage(instances []*instance) map[int]monitor.Usage {
 	if time.Since(s.at) < sampleEvery {
 		return s.last
 	}
+	members, _ := s.keeper.AllMembers(context.Background()) // without: the leaders alone
 	groups := make(map[int][]int, len(instances))
 	for _, i := range instances {
 		i.mu.Lock()
@@ -575,11 +577,11 @@ func (s *sampler) usage(instances []*instance) map[int]monitor.Usage {
 			continue
 		default:
 		}
-		pids, err := r.proc.Members()
-		if err != nil || len(pids) == 0 {
-			pids = []int{r.proc.ID().PID}
+		leader := r.proc.ID().PID
+		groups[i.id] = []int{leader}
+		if pids := members[leader]; len(pids) > 0 {
+			groups[i.id] = pids
 		}
-		groups[i.id] = pids
 	}
 	s.last, s.at = s.s.Sample(groups), time.Now()
 	return s.last

@@ -319,6 +319,9 @@ func (r *run) lines(f func(string)) (cancel func()) {
 // at once after an end by itself, with the rest of the grace period after a
 // requested stop.
 func (r *run) clear() {
+	if r.proc.Exit().Alone {
+		return
+	}
 	r.mu.Lock()
 	asked := r.cause != ""
 	r.mu.Unlock()

@@ -535,6 +535,26 @@ func (c *Client) Shutdown(ctx context.Context, force bool) error {
 	return c.call(ctx, kindShutdown, &e)
 }
 
+// AllMembers lists the pids of every live run, by the pid of its leader. It
+// costs one message, whatever their number.
+func (c *Client) AllMembers(ctx context.Context) (map[int][]int, error) {
+	body, err := c.request(ctx, &message{kind: kindAllMembers}, nil)
+	if err != nil {
+		return nil, err
+	}
+	out := map[int][]int{}
+	d := decoder{b: body}
+	for len(d.b) > 0 && !d.bad {
+		leader := int(d.u32())
+		pids := make([]int, d.count(4))
+		for i := range pids {
+			pids[i] = int(d.u32())
+		}
+		out[leader] = pids
+	}
+	return out, d.end("list of all pids")
+}
+
 // Key returns the run's [proc.Spec.Key].
 func (p *Process) Key() string { return p.key }
 

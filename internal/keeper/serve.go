@@ -244,6 +244,10 @@ func (k *keeper) handle(c *connection, m *message, greeted *bool) error {
 				reply.kind, reply.body = kindPids, e.b
 			}
 		}
+	case kindAllMembers:
+		if ferr = d.end("request for all members"); ferr == nil {
+			reply.kind, reply.body = kindPids, k.allMembers()
+		}
 	case kindForget:
 		num := d.u64()
 		if ferr = d.end("forget request"); ferr == nil {
@@ -434,6 +438,27 @@ func (k *keeper) members(num uint64) ([]int, error) {
 		return nil, errUnknownRun
 	}
 	return r.tree.Members()
+}
+
+// allMembers lists leader, number of pids and pids of each live run. A run that
+// cannot be looked at is left out.
+func (k *keeper) allMembers() []byte {
+	var e encoder
+	for _, r := range k.runs {
+		if r.exit != nil || len(e.b) > maxBody/2 {
+			continue
+		}
+		pids, err := r.tree.Members()
+		if err != nil || len(pids) > maxBody/16 {
+			continue
+		}
+		e.u32(uint32(r.tree.ID().PID))
+		e.u32(uint32(len(pids)))
+		for _, pid := range pids {
+			e.u32(uint32(pid))
+		}
+	}
+	return e.b
 }
 
 // kill ends a run's tree. Where something is left to be killed a goroutine

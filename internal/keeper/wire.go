@@ -64,6 +64,7 @@ const (
 	kindReplace
 	kindShutdown
 	kindStatus
+	kindAllMembers
 )
 
 // Replies and notifications, from the keeper. An exit and the items of the
@@ -494,12 +495,14 @@ func encodeExit(e *encoder, x *proc.Exit) {
 	e.i64(int64(x.User))
 	e.i64(int64(x.Sys))
 	e.i64(x.MaxRSS)
+	e.flag(x.Alone)
 }
 
 func decodeExit(d *decoder) proc.Exit {
 	return proc.Exit{
 		Code: int(d.i64()), Signal: syscall.Signal(d.u32()), Core: d.flag(), OOM: d.flag(),
 		At: time.Unix(0, d.i64()), User: time.Duration(d.i64()), Sys: time.Duration(d.i64()), MaxRSS: d.i64(),
+		Alone: d.flag(),
 	}
 }
 

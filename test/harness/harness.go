@@ -37,14 +37,13 @@ func Build(ctx context.Context, dir string, race bool) (string, error) {
 		return filepath.Abs(b)
 	}
 	out := filepath.Join(dir, "remuda")
-	args := []string{"build", "-buildvcs=false", "-o", out}
+	cmd := exec.CommandContext(ctx, filepath.Join(Root(), "scripts", "build.sh"), out)
 	if race {
-		args = append(args, "-race")
+		cmd = exec.CommandContext(ctx, "go", "build", "-buildvcs=false", "-race", "-o", out, "./cmd/remuda")
 	}
-	cmd := exec.CommandContext(ctx, "go", append(args, "github.com/remuda-dev/remuda/cmd/remuda")...)
 	cmd.Dir = Root()
 	if b, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("go %s: %w\n%s", strings.Join(cmd.Args[1:], " "), err, b)
+		return "", fmt.Errorf("%s: %w\n%s", strings.Join(cmd.Args, " "), err, b)
 	}
 	return out, os.Chmod(out, 0o755)
 }
