@@ -19,6 +19,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -121,6 +122,7 @@ type cli struct {
 
 	client      *client.Client
 	interrupted bool
+	following   atomic.Bool // a stream is followed, in which silence is nothing special
 }
 
 // exit says what went wrong and what to do, and gives the exit code.
@@ -316,18 +318,22 @@ func (c *cli) run(n need, f runFunc) func(*cobra.Command, []string) error {
 			limited, cancel = context.WithTimeout(ctx, c.timeout)
 			defer cancel()
 		}
-		if n != needNothing {
-			if err := c.dial(); err != nil {
-				return err
-			}
+		if n == needNothing {
+			err := f(limited, args)
+			c.interrupted = ctx.Err() != nil
+			return err
 		}
-		if n == needDaemon {
-			if err := c.launch(limited); err != nil {
-				c.interrupted = ctx.Err() != nil
-				return err
-			}
+		if err := c.dial(); err != nil {
+			return err
 		}
-		err := f(limited, args)
+		err := c.guarded(limited, pulseEvery, pulseLimit, func(ctx context.Context) error {
+			if n == needDaemon {
+				if err := c.launch(ctx); err != nil {
+					return err
+				}
+			}
+			return f(ctx, args)
+		})
 		c.interrupted = ctx.Err() != nil
 		return err
 	}

@@ -112,6 +112,9 @@ func TestUsageErrors(t *testing.T) {
 		{"lst", "did you mean `remuda list`?"},
 		{"starrt app.js -n web", "did you mean `remuda start`?"},
 		{"frobnicate", "unknown command \"frobnicate\""},
+		{"monit", "watch remuda list"},
+		{"ecosystem", "remuda init"},
+		{"restart web --watch", "--watch is a flag of `remuda start`"},
 		{"list --jsn", "did you mean --json?"},
 		{"start app.js --max-memory-restar 3", "did you mean --max-memory-restart?"},
 		{"stop -z web", "unknown flag -z"},
@@ -330,6 +333,78 @@ func TestStart(t *testing.T) {
 	}
 }
 
+// TestStartDoesNotSurprise: what start is given but cannot carry out is said,
+// and no app takes another's place by accident.
+func TestStartDoesNotSurprise(t *testing.T) {
+	f := newFake(t, instance(3, "web", 0, client.Stopped), instance(4, "npm run dev", 0, client.Stopped), instance(5, "server", 0, client.Online))
+	there := client.Detail{Instance: f.instances[2]}
+	there.Spec = client.AppSpec{Name: "server", Script: "/srv/a/server.sh", Cwd: "/srv/a"}
+	f.details = []client.Detail{there}
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "server.sh"), nil, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	run := func(args ...string) outcome {
+		t.Helper()
+		return remudaWith(t, context.Background(), Options{Cwd: dir, Args: args, Environ: []string{"REMUDA_HOME=" + f.home, "PATH=/bin:/usr/bin", "PORT=3000"}})
+	}
+	started := func() config.App {
+		t.Helper()
+		reqs := f.seen("/v1/start")
+		if len(reqs) == 0 {
+			return config.App{}
+		}
+		var req client.StartRequest
+		if err := json.Unmarshal([]byte(reqs[len(reqs)-1].body), &req); err != nil || len(req.Apps) != 1 {
+			t.Fatalf("%v: %s", err, reqs[0].body)
+		}
+		return req.Apps[0]
+	}
+
+	run("start", "web", "-i", "4").want(t, 0, "", "--instances is for scripts and was not applied to web")
+	run("start", "npm run dev").want(t, 0, "[npm run dev:0]", "")
+	if n := len(f.seen("/v1/start")); n != 0 {
+		t.Errorf("names with blanks: %d new apps", n)
+	}
+	run("start", "npm run dev", "--name", "dev").want(t, 0, "", "")
+	if a := started(); a.Name != "dev" {
+		t.Errorf("started %+v", a)
+	}
+
+	run("start", "server.sh").want(t, ExitFailed, "", "an app named server is in the list already and runs /srv/a/server.sh\n--name NAME")
+	run("start", "server.sh", "--name", "server").want(t, 0, "", "")
+	run("start", "server.sh", "-f").want(t, 0, "", "")
+	there.Spec.Script = filepath.Join(dir, "server.sh")
+	f.details = []client.Detail{there}
+	run("start", "server.sh").want(t, 0, "", "")
+
+	run("start", "sleep", "--name", "s", "-i", "2", "--instance-var", "N", "--increment-var", "PORT", "-u", "nobody", "--", "5").want(t, 0, "", "")
+	if a := started(); a.InstanceVar != "N" || a.IncrementVar != "PORT" || a.User != "nobody" {
+		t.Errorf("started %+v", a)
+	}
+	run("start", "sleep", "--name", "s", "--increment-var", "NOSUCH", "--", "5").want(t, ExitFailed, "", "env has no number under \"NOSUCH\"")
+}
+
+func TestCompat(t *testing.T) {
+	f := newFake(t, instance(3, "web", 0, client.Online), instance(4, "web", 1, client.Online))
+	if o := remuda(t, f.home, "id", "web"); o.out != "[ 3, 4 ]\n" || o.code != 0 {
+		t.Errorf("%+v", o)
+	}
+	remuda(t, f.home, "id", "nosuch").want(t, 0, "[]\n", "")
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "ecosystem.config.json"), []byte(`{"apps":[{"name":"web","script":"sleep 100","env_x":{"A":"b"}}]}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, verb := range []string{"startOrRestart", "startOrReload", "startOrGracefulReload"} {
+		o := remudaWith(t, context.Background(), Options{Cwd: dir, Args: []string{verb, "ecosystem.config.json", "--env", "x"}, Environ: []string{"REMUDA_HOME=" + f.home, "PATH=/bin:/usr/bin"}})
+		o.want(t, 0, "id  name", "")
+	}
+	if reqs := f.seen("/v1/start"); len(reqs) != 3 || !strings.Contains(reqs[2].body, `"A":"b"`) {
+		t.Errorf("%+v", reqs)
+	}
+	remuda(t, f.home, "startOrRestart", "web").want(t, ExitFailed, "", "web is not a process file that is there")
+}
+
 const procfile = "web: sleep 100\nworker: sleep 200\n"
 
 func TestFilesAsTargets(t *testing.T) {
@@ -424,6 +499,20 @@ func TestDaemonCommands(t *testing.T) {
 		t.Fatal(err)
 	}
 	remuda(t, f.home, "upgrade", "--binary", text).want(t, ExitFailed, "", "not an executable file")
+	for script, want := range map[string]string{
+		"#!/bin/sh\necho no >&2; exit 3\n": "version` failed: exit status 3: no\nThe daemon was left as it is.",
+		"#!/bin/sh\necho hello\n":          "is not Remuda",
+		"\x7fELF":                          "exec format error",
+	} {
+		path := filepath.Join(t.TempDir(), "program")
+		if err := os.WriteFile(path, []byte(script), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		remuda(t, f.home, "upgrade", "--binary", path).want(t, ExitFailed, "", want)
+	}
+	if reqs := f.seen("/v1/upgrade"); len(reqs) != 0 {
+		t.Errorf("what is not Remuda was put in the place of the daemon: %+v", reqs)
+	}
 	for _, r := range f.seen("/v1/act") {
 		if strings.Contains(r.body, "flush") && !strings.Contains(r.body, `["all"]`) {
 			t.Errorf("flush asks for %s", r.body)

@@ -2,10 +2,14 @@ package cli
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -140,9 +144,19 @@ func (c *cli) upgradeCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
+		if *binary != "" {
+			if err := c.tryBinary(ctx, path); err != nil {
+				return hinted{err, "The daemon was left as it is."}
+			}
+		}
 		now, err := c.client.Upgrade(ctx, path)
 		if err != nil {
 			return err
+		}
+		for _, w := range now.Warnings {
+			if strings.HasPrefix(w, "the new controller "+path) {
+				return hinted{errors.New("the upgrade failed: " + w), "No app was stopped. See " + filepath.Join(c.client.Home(), "logs", "daemon.log") + "."}
+			}
 		}
 		if c.json {
 			return c.writeJSON(now)
@@ -153,6 +167,39 @@ func (c *cli) upgradeCommand() *cobra.Command {
 		return nil
 	})
 	return cmd
+}
+
+// tryBinary sees whether a program is Remuda and runs on this machine, before
+// the daemon makes place for it.
+func (c *cli) tryBinary(ctx context.Context, path string) error {
+	ctx, cancel := context.WithTimeout(ctx, pulseLimit)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, path, "version", "--json", "--home", c.client.Home())
+	cmd.WaitDelay = time.Second
+	var answer, said limitedBuffer
+	cmd.Stdout, cmd.Stderr = &answer, &said
+	err := cmd.Run()
+	var v struct {
+		Version string
+		API     int
+	}
+	switch {
+	case ctx.Err() != nil:
+		return fmt.Errorf("cannot use the new binary: `%s version` does not end", path)
+	case err != nil:
+		return fmt.Errorf("cannot use the new binary: `%s version` failed: %w%s", path, err, strings.TrimRight(": "+string(said.b), ": \n"))
+	case json.Unmarshal(answer.b, &v) != nil || v.Version == "" || v.API == 0:
+		return fmt.Errorf("cannot use the new binary: %s is not Remuda (what it says to `version --json` is something else)", path)
+	}
+	return nil
+}
+
+// limitedBuffer keeps the beginning of what is written to it.
+type limitedBuffer struct{ b []byte }
+
+func (l *limitedBuffer) Write(p []byte) (int, error) {
+	l.b = append(l.b, p[:min(len(p), 4096-len(l.b))]...)
+	return len(p), nil
 }
 
 func (c *cli) versionCommand() *cobra.Command {
@@ -183,6 +230,8 @@ func (c *cli) versionCommand() *cobra.Command {
 				}
 			case errors.Is(err, client.ErrUnreachable):
 				c.printf("daemon: none runs in %s\n", c.client.Home())
+			case errors.Is(err, context.DeadlineExceeded):
+				c.printf("daemon: it does not answer within %s; `remuda doctor` looks for trouble\n", patience)
 			default:
 				c.printf("daemon: %s\n", oneLine(err.Error()))
 			}

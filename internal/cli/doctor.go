@@ -188,7 +188,7 @@ func (c *cli) checkDaemon(info client.Info, err error) check {
 	case errors.Is(err, client.ErrUnreachable):
 		return ok(name, "none runs; the first start launches it")
 	case errors.Is(err, context.DeadlineExceeded):
-		return failing(name, "see "+filepath.Join(c.client.Home(), "logs", "daemon.log"), "it does not answer within %s", patience)
+		return failing(name, "", "%s", c.silence(patience))
 	case err != nil:
 		return failing(name, "see "+filepath.Join(c.client.Home(), "logs", "daemon.log"), "%v", err)
 	case info.API != client.API:

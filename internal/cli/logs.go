@@ -116,6 +116,7 @@ func (c *cli) logs(ctx context.Context, targets []string, o logFlags) error {
 	for _, i := range list {
 		w.widen(i.ID, i.App)
 	}
+	c.following.Store(q.Follow)
 	return c.follow(ctx, w, q)
 }
 
@@ -412,6 +413,7 @@ func (c *cli) events(ctx context.Context, targets []string, follow bool) error {
 		waitNext = retryFirst
 		answered bool
 	)
+	c.following.Store(follow)
 	for {
 		err := drain(ctx, c.client.Events(ctx, after, follow, targets...), func(e client.Event) error {
 			lost, waitNext, answered = time.Time{}, retryFirst, true

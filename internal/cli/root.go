@@ -88,6 +88,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 no such target, 4 no daemon, 124 timed 
 		c.startupCommand(), c.unstartupCommand(), c.doctorCommand(),
 		c.completionCommand(), c.versionCommand(),
 	)
+	root.AddCommand(c.compatCommands()...)
 	for _, x := range c.Extra {
 		if x.GroupID == "" && !x.Hidden {
 			x.GroupID = groupDaemon
@@ -103,6 +104,9 @@ func (c *cli) versionLine() string {
 
 func unknownCommand(root *cobra.Command, name string) error {
 	text := fmt.Sprintf("unknown command %q", clip(name))
+	if s := instead(name); s != "" {
+		return &usageError{text: text, hint: s}
+	}
 	hint := "`remuda --help` lists the commands."
 	var names []string
 	for _, sub := range root.Commands() {
@@ -148,7 +152,9 @@ func (c *cli) flagError(cmd *cobra.Command, err error) error {
 		cmd.Flags().VisitAll(see)
 		cmd.InheritedFlags().VisitAll(see)
 		name := unknown.GetSpecifiedName()
-		if s := nearest(name, names); s != "" {
+		if start, _, err := cmd.Root().Find([]string{"start"}); err == nil && start.Flags().Lookup(name) != nil {
+			hint = fmt.Sprintf("--%s is a flag of `remuda start`. %s", name, hint)
+		} else if s := nearest(name, names); s != "" {
 			hint = fmt.Sprintf("did you mean --%s? %s", s, hint)
 		}
 		return usage(hint, "unknown flag --%s of `%s`", clip(name), cmd.CommandPath())

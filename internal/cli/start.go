@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -22,6 +23,7 @@ type startFlags struct {
 	only      string
 	force     bool
 	updateEnv bool
+	attach    bool // follow the logs of what was started
 }
 
 // optionalPaths is the value of --watch: with or without paths.
@@ -117,21 +119,19 @@ with its last lines of stderr, and the exit code is 1.`,
 	str(&app.LogType, "log-type", "", "json: a JSON object for each line")
 	str(&app.UID, "uid", "", "run as this `user`")
 	str(&app.GID, "gid", "", "run as this `group`")
+	str(&app.InstanceVar, "instance-var", "", "the `variable` that tells an instance its number (default: NODE_APP_INSTANCE)")
+	str(&app.IncrementVar, "increment-var", "", "a `variable` of the environment that grows by one from instance to instance")
 	f.StringArrayVar(&app.FilterEnv, "filter-env", nil, "leave out variables whose names begin with `text`")
 	f.BoolVar(&app.NoTreekill, "no-treekill", false, "stop only the program, not what it has started")
 	f.StringVar(&own.only, "only", "", "only these `apps` of the process file")
 	f.BoolVar(&own.updateEnv, "update-env", false, "give apps of the list the variables of this shell")
 	f.BoolVarP(&own.force, "force", "f", false, "start a further app of the same name")
-	for _, name := range []string{"no-vizion", "no-pmx", "attach", "no-daemon", "disable-source-map-support", "source-map-support"} {
+	for _, name := range []string{"no-vizion", "no-pmx", "no-daemon", "disable-source-map-support", "source-map-support"} {
 		f.Bool(name, false, "taken for PM2's sake")
 		_ = f.MarkHidden(name)
 	}
-	f.StringP("user", "u", "", "")
-	_ = f.MarkHidden("user")
-	f.String("instance-var", "", "")
-	_ = f.MarkHidden("instance-var")
-	f.String("increment-var", "", "")
-	_ = f.MarkHidden("increment-var")
+	f.VarPF(alias{&app.UID}, "user", "u", "").Hidden = true
+	f.BoolVar(&own.attach, "attach", false, "follow the logs once it is started")
 
 	cmd.RunE = c.run(needClient, func(ctx context.Context, args []string) error {
 		if at := cmd.ArgsLenAtDash(); at >= 0 {
@@ -152,10 +152,8 @@ with its last lines of stderr, and the exit code is 1.`,
 				app.Env = append(app.Env, e)
 			}
 		}
-		for _, name := range []string{"instance-var", "increment-var", "no-daemon", "attach"} {
-			if f.Changed(name) {
-				c.warn(fmt.Sprintf("--%s is not carried out; a process file says such things", name))
-			}
+		if f.Changed("no-daemon") {
+			c.warn("--no-daemon is not carried out: `remuda daemon` stays in the foreground, for containers")
 		}
 		args = c.watchedFolders(f, args, &app)
 		return c.start(ctx, f, args, app, own)
@@ -207,14 +205,15 @@ func (c *cli) start(ctx context.Context, f *pflag.FlagSet, args []string, app co
 			if err != nil {
 				return err
 			}
-			c.warnIgnored(f, a)
+			c.warnIgnored(f, a, `say it in the file`, "env", "only")
 			jobs = append(jobs, job{file: file})
 		default:
-			known, err := c.known(ctx, a)
+			known, err := c.known(ctx, a, app.Name)
 			if err != nil {
 				return err
 			}
 			if known {
+				c.warnIgnored(f, a, "which is in the list already: delete it first, or change the file it came from")
 				jobs = append(jobs, job{target: a})
 				continue
 			}
@@ -224,6 +223,11 @@ func (c *cli) start(ctx context.Context, f *pflag.FlagSet, args []string, app co
 			c.warnings(warnings)
 			if err != nil {
 				return err
+			}
+			if app.Name == "" && !own.force {
+				if err := c.sameName(ctx, a, &made); err != nil {
+					return err
+				}
 			}
 			jobs = append(jobs, job{app: &made})
 		}
@@ -259,7 +263,42 @@ func (c *cli) start(ctx context.Context, f *pflag.FlagSet, args []string, app co
 		all.Changes = append(all.Changes, res.Changes...)
 		all.Warnings = append(all.Warnings, res.Warnings...)
 	}
-	return c.result(ctx, all, "")
+	err := c.result(ctx, all, "")
+	if !own.attach || len(all.Instances) == 0 {
+		return err
+	}
+	var ids []string
+	for _, o := range all.Instances {
+		ids = append(ids, strconv.Itoa(o.ID))
+	}
+	return errors.Join(err, c.logs(ctx, ids, logFlags{lines: 15}))
+}
+
+// sameName refuses to put a program in the place of another one only because
+// their scripts are called the same: server.js of two folders, npm in two
+// projects. A name that was given is meant.
+func (c *cli) sameName(ctx context.Context, arg string, made *config.App) error {
+	list, err := c.client.Describe(ctx, false, made.Name)
+	if err != nil {
+		return nil // there is none of that name, or the start will tell
+	}
+	path, err := c.abs(arg)
+	if err != nil {
+		return err
+	}
+	for k := range list {
+		there := &list[k].Spec
+		if list[k].App != made.Name || there.Script == made.Script && (there.Cwd == made.Cwd || path == made.Script) {
+			continue
+		}
+		what := there.Script
+		if what == made.Script {
+			what += " in " + there.Cwd
+		}
+		return hinted{fmt.Errorf("an app named %s is in the list already and runs %s", clip(made.Name), clip(what)),
+			fmt.Sprintf("--name NAME gives this one another name; --name %s puts it in the place of the other.", quote(made.Name))}
+	}
+	return nil
 }
 
 func appNames(apps []config.App) []string {
@@ -271,11 +310,17 @@ func appNames(apps []config.App) []string {
 }
 
 // known says whether an argument of start is an app of the list. A path or a
-// name with the ending of a script never is.
-func (c *cli) known(ctx context.Context, arg string) (bool, error) {
+// name with the ending of a script never is, and a command with blanks is not
+// where it is to get a name of its own.
+func (c *cli) known(ctx context.Context, arg, name string) (bool, error) {
 	regex := len(arg) > 1 && strings.HasPrefix(arg, "/") && strings.HasSuffix(arg, "/")
-	if !regex && (strings.ContainsAny(arg, "/ ") || scriptEnding(arg)) {
+	words := strings.ContainsAny(arg, " \t\n")
+	if !regex && (strings.Contains(arg, "/") || scriptEnding(arg) || words && name != "" && name != arg) {
 		return false, nil
+	}
+	if words && !regex {
+		list, err := c.client.List(ctx, arg)
+		return err == nil && len(list) > 0, nil
 	}
 	_, err := c.client.List(ctx, arg)
 	if errors.Is(err, client.ErrUnreachable) && !errors.Is(err, os.ErrPermission) && c.hasState() {
@@ -355,12 +400,14 @@ func (c *cli) startFile(ctx context.Context, arg string, own startFlags) error {
 	return c.result(ctx, res, "")
 }
 
-// warnIgnored tells of flags that a process file leaves no room for.
-func (c *cli) warnIgnored(f *pflag.FlagSet, file string) {
-	fine := []string{"env", "only", "update-env", "force", "json", "home", "timeout", "no-color", "silent", "mini-list", "no-daemon", "attach", "instance-var", "increment-var", "no-vizion", "no-pmx"}
+// warnIgnored tells of flags that say how a script is to be run, given with
+// something that says that itself: a process file, an app of the list. fine are
+// further flags that mean something there.
+func (c *cli) warnIgnored(f *pflag.FlagSet, what, instead string, fine ...string) {
+	fine = append(fine, "update-env", "force", "json", "home", "timeout", "no-color", "silent", "mini-list", "no-daemon", "attach", "no-vizion", "no-pmx")
 	f.Visit(func(x *pflag.Flag) {
 		if !slices.Contains(fine, x.Name) {
-			c.warn(fmt.Sprintf("--%s is for scripts and was not applied to %s: say it in the file", x.Name, clip(file)))
+			c.warn(fmt.Sprintf("--%s is for scripts and was not applied to %s; %s", x.Name, clip(what), instead))
 		}
 	})
 }
