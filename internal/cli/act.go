@@ -167,7 +167,13 @@ func (c *cli) outcomes(res client.ActResult, word string) {
 
 // failure tells why an instance is not what was asked for.
 func failure(o *client.Outcome, p paint) []string {
-	head := fmt.Sprintf("[%s] %s: %s", instanceName(o.Instance), label(string(o.State)), oneLine(o.Error))
+	state := string(o.State)
+	if (o.State == client.Starting || o.State == client.Stopping) && o.LastExit != nil {
+		// It is on its way to another try already: what it is at this instant
+		// tells nothing.
+		state = "failed"
+	}
+	head := fmt.Sprintf("[%s] %s: %s", instanceName(o.Instance), label(state), oneLine(o.Error))
 	if o.LastExit != nil && o.State != client.Online {
 		how := oneLine(ended(*o.LastExit))
 		said := strings.Contains(head, how) || o.LastExit.Signal == "" && strings.Contains(head, fmt.Sprintf("code %d", o.LastExit.Code)) ||

@@ -143,7 +143,7 @@ func TestMistakes(t *testing.T) {
 		{"numeric name", "remuda.yaml", "apps:\n  12: sleep 1\n", `"12" is a number, which would be taken for an id`},
 		{"slash name", "remuda.yaml", "apps:\n  a/b: sleep 1\n", `"a/b" has a / in it; write "a-b"`},
 		{"all", "remuda.yaml", "apps:\n  all: sleep 1\n", `"all" is taken`},
-		{"long name", "remuda.yaml", "apps:\n  ? " + strings.Repeat("a", 10000) + "\n  : sleep 1\n", `10000 bytes long; the most is 255`},
+		{"long name", "remuda.yaml", "apps:\n  ? " + strings.Repeat("a", 10000) + "\n  : sleep 1\n", `10000 bytes long; the most is 200`},
 		{"no program", "remuda.yaml", "apps:\n  a: ./missing\n", `program DIR/missing does not exist`},
 		{"no folder", "remuda.yaml", "apps:\n  a: {run: sleep 1, cwd: nowhere}\n", `cwd: folder DIR/nowhere does not exist`},
 		{"empty", "remuda.yaml", "", `the file has no apps`},

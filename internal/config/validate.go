@@ -67,14 +67,18 @@ func (v *validator) path(path, s string) {
 	v.text(path, s)
 }
 
+// maxName leaves room in the name of a file, which is 255 bytes at most, for
+// what is added to an app's name in those of its logs.
+const maxName = 200
+
 // badName says what is wrong with the name of an app, namespace or group, ""
 // for nothing.
 func badName(s string) string {
 	switch {
 	case s == "":
 		return "is empty"
-	case len(s) > 255:
-		return fmt.Sprintf("%s is %d bytes long; the most is 255", clip(s), len(s))
+	case len(s) > maxName:
+		return fmt.Sprintf("%s is %d bytes long; the most is %d", clip(s), len(s), maxName)
 	case !utf8.ValidString(s):
 		return fmt.Sprintf("%s is not UTF-8", clip(s))
 	case strings.Contains(s, "/"):
