@@ -94,7 +94,7 @@ func diagnose(spec *Spec, err error) (serr *SpawnError, sure bool) {
 		}
 		return say(OpExec, spec.Path, "the dynamic loader it was built for is not installed (another libc or architecture?)")
 	case unix.ENOEXEC:
-		return say(OpExec, spec.Path, "not a program this machine can run: neither an executable for it nor a script with a #! line")
+		return say(OpExec, spec.Path, "not a program this machine can run: neither an executable for it nor a script with a #! line; a script needs one, or an interpreter")
 	case unix.ETXTBSY:
 		return say(OpExec, spec.Path, "the file is open for writing")
 	case unix.ELOOP:
