@@ -6,7 +6,7 @@
 // what is said to a person about it to standard error.
 //
 // It must never import the daemon, the API server or anything that runs
-// processes.
+// processes, but for package pool, since `remuda pool run` needs no daemon.
 package cli
 
 import (

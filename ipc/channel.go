@@ -1,0 +1,177 @@
+package ipc
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// ChannelOptions bound a channel. The zero value is useful.
+type ChannelOptions struct {
+	MaxFrame  int // largest payload taken, in bytes; 0: DefaultMaxFrame
+	MaxQueued int // bytes that wait for the other side; 0: DefaultMaxQueued
+}
+
+// Channel carries frames over a Unix stream socket, either end of it. One
+// goroutine may call Receive; everything else may be called from any.
+type Channel struct {
+	f     *os.File
+	w     *writer
+	r     frameReader
+	reads atomic.Uint64
+	peer  atomic.Int64 // the largest payload that the other side takes
+}
+
+// Pair makes the two ends of a channel, both close-on-exec. The caller owns
+// both; the child's end goes to the worker as the descriptor that FDVar names
+// and is then closed here.
+func Pair() (parent, child *os.File, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("ipc: make a channel: %w", os.NewSyscallError("socketpair", err))
+	}
+	if err := unix.SetNonblock(fds[0], true); err != nil {
+		_, _ = unix.Close(fds[0]), unix.Close(fds[1])
+		return nil, nil, fmt.Errorf("ipc: make a channel: %w", os.NewSyscallError("fcntl", err))
+	}
+	return os.NewFile(uintptr(fds[0]), "worker-parent"), os.NewFile(uintptr(fds[1]), "worker-child"), nil
+}
+
+// NewChannel takes over f, a non-blocking socket, unless it fails.
+func NewChannel(f *os.File, o ChannelOptions) (*Channel, error) {
+	w, err := newWriter(f, o.MaxQueued)
+	if err != nil {
+		return nil, err
+	}
+	c := &Channel{f: f, w: w}
+	c.r.limit = o.MaxFrame
+	if c.r.limit <= 0 {
+		c.r.limit = DefaultMaxFrame
+	}
+	c.r.r = counted{c}
+	c.peer.Store(DefaultMaxFrame)
+	return c, nil
+}
+
+// counted lets a channel know that something was heard.
+type counted struct{ c *Channel }
+
+func (r counted) Read(b []byte) (int, error) {
+	n, err := r.c.f.Read(b)
+	r.c.reads.Add(1)
+	return n, err
+}
+
+// SetPeerMax sets the largest payload that the other side takes, as its hello
+// said.
+func (c *Channel) SetPeerMax(n int) { c.peer.Store(int64(n)) }
+
+// Send sends a frame. It does not wait for the other side: ErrFull says that
+// too much waits already, ErrTooLarge that the other side would not take it,
+// ErrClosed that the channel has ended. The payload must not change any more. A
+// nil error does not mean that the frame has arrived.
+func (c *Channel) Send(t Type, id uint32, payload []byte) error {
+	if int64(len(payload)) > c.peer.Load() {
+		return c.tooLarge(len(payload))
+	}
+	var head [HeaderSize]byte
+	if err := c.w.queue(AppendHeader(head[:0], t, id, len(payload)), payload); err != nil {
+		return err
+	}
+	c.w.flush(false)
+	return nil
+}
+
+// SendSoon is Send for one of many: frames that are sent about now share a
+// system call.
+func (c *Channel) SendSoon(t Type, id uint32, payload []byte) error {
+	if int64(len(payload)) > c.peer.Load() {
+		return c.tooLarge(len(payload))
+	}
+	var head [HeaderSize]byte
+	if err := c.w.queue(AppendHeader(head[:0], t, id, len(payload)), payload); err != nil {
+		return err
+	}
+	c.w.flush(true)
+	return nil
+}
+
+func (c *Channel) tooLarge(n int) error {
+	return fmt.Errorf("%w: %d bytes, where the other side takes %d", ErrTooLarge, n, c.peer.Load())
+}
+
+// SendHello sends the hello.
+func (c *Channel) SendHello(h Hello) error {
+	h.Remuda = Version
+	h.MaxFrame = c.r.limit
+	if err := c.w.queue(AppendHello(nil, h), nil); err != nil {
+		return err
+	}
+	c.w.flush(false)
+	return nil
+}
+
+// SendError sends an error frame.
+func (c *Channel) SendError(id uint32, e *TaskError, soon bool) error {
+	b := AppendError(nil, id, e)
+	if int64(len(b)-HeaderSize) > c.peer.Load() {
+		b = AppendError(nil, id, &TaskError{Code: e.Code, Message: "the error is too large to be sent"})
+	}
+	if err := c.w.queue(b, nil); err != nil {
+		return err
+	}
+	c.w.flush(soon)
+	return nil
+}
+
+// Receive returns the next frame: io.EOF at the end between two frames,
+// ErrProtocol or ErrTooLarge, io.ErrUnexpectedEOF within a frame, or the
+// system's error. The payload is the caller's to keep only where owned is set;
+// else it is valid until the next call. more says that another frame is here
+// already.
+func (c *Channel) Receive() (f Frame, owned, more bool, err error) {
+	f, owned, err = c.r.next()
+	if err != nil {
+		if errors.Is(err, unix.ECONNRESET) { // it ended with frames unread
+			err = io.EOF
+		}
+		return Frame{}, false, false, err
+	}
+	return f, owned, c.r.whole(), nil
+}
+
+// Hold keeps frames from being written until Release, so that what is sent in
+// between goes out together.
+func (c *Channel) Hold() { c.w.hold() }
+
+// Release writes what Hold kept.
+func (c *Channel) Release() { c.w.release() }
+
+// Flush waits until everything sent has been handed to the system, or timeout
+// is over, or the channel has ended.
+func (c *Channel) Flush(timeout time.Duration) {
+	c.w.flush(false)
+	done := make(chan struct{})
+	c.w.whenWritten(func() { close(done) })
+	t := time.NewTimer(timeout)
+	defer t.Stop()
+	select {
+	case <-done:
+	case <-t.C:
+	}
+}
+
+// Interrupt ends a Receive that waits, and all later ones that would have to,
+// with an error that is os.ErrDeadlineExceeded.
+func (c *Channel) Interrupt() error { return c.f.SetReadDeadline(time.Unix(1, 0)) }
+
+// Close ends the channel at once, whoever waits in it.
+func (c *Channel) Close() error {
+	c.w.fail(ErrClosed)
+	return c.f.Close()
+}

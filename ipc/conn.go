@@ -1,0 +1,278 @@
+package ipc
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"sync"
+	"time"
+)
+
+// Conn is the parent's end of one worker's channel. Serve is called once;
+// everything else may be called from any goroutine, also from a Receiver's
+// methods, and does not wait for the worker.
+type Conn interface {
+	// Serve reads until the channel ends and hands on what arrives. ready is
+	// called once, when the worker is ready for tasks. Every request that is
+	// under way at the end is ended with ErrClosed before Serve returns. The
+	// error is nil where the worker closed the channel between two messages,
+	// else it says what was wrong; ErrProtocol and ErrTooLarge are the
+	// worker's fault.
+	Serve(ready func()) error
+	// Start sends a request. Unless it returns an error, the request's
+	// Receiver is told its end exactly once, which may be before Start
+	// returns.
+	Start(r *Request) error
+	// Cancel tells the worker that the answer is not wanted any more; the
+	// request still ends by an answer. False: there is no way to tell it.
+	Cancel(r *Request) bool
+	// Ping asks for a sign of life, and Heard counts those that came. False:
+	// there is no way to ask.
+	Ping() bool
+	Heard() uint64
+	// Stop asks the worker to finish what it has and end.
+	Stop()
+	// Close ends the channel at once.
+	Close() error
+}
+
+// Receiver is told what becomes of a request. The calls come one after the
+// other from the goroutine in Serve and must be quick: they hold up the
+// worker's other answers. What they are given is theirs to keep.
+type Receiver interface {
+	// End is the last call. err is a *TaskError where the worker reported a
+	// failure, wraps ErrClosed where the channel ended first.
+	End(r *Request, body []byte, err error)
+	Progress(r *Request, body []byte)
+	Chunk(r *Request, body []byte)
+}
+
+// Request is one task for a worker. The exported fields are set before Start
+// and not changed until the end; a request may be started again after its end.
+type Request struct {
+	Name    string        // at most 1 KiB; frames only
+	Body    []byte        // JSON for all but frames
+	Timeout time.Duration // told to the worker; 0: none
+	To      Receiver
+
+	id        uint32
+	sent      bool
+	cancelled bool
+}
+
+// Reset makes a request that has ended ready to be started again.
+func (r *Request) Reset() { r.id, r.sent, r.cancelled = 0, false, false }
+
+// Options bound what a Conn takes. The zero value is useful.
+type Options struct {
+	MaxMessage  int // bytes of one message's payload; 0: DefaultMaxFrame
+	MaxQueued   int // bytes that wait for the worker; 0: DefaultMaxQueued
+	Concurrency int // told to frames workers: tasks under way at a time
+}
+
+// busyFrom is from how many requests under way on sends are gathered.
+const busyFrom = 4
+
+// frames is the parent's side of the frames protocol.
+type frames struct {
+	ch *Channel
+	o  Options
+
+	mu      sync.Mutex
+	pending map[uint32]*Request
+	last    uint32
+	ready   bool
+	err     error // set once the channel has ended
+	pings   uint32
+}
+
+// NewFrames speaks the frames protocol over f, the parent's end of a Pair,
+// which it takes over unless it fails.
+func NewFrames(f *os.File, o Options) (Conn, error) {
+	ch, err := NewChannel(f, ChannelOptions{MaxFrame: o.MaxMessage, MaxQueued: o.MaxQueued})
+	if err != nil {
+		return nil, err
+	}
+	return &frames{ch: ch, o: o, pending: make(map[uint32]*Request)}, nil
+}
+
+func (c *frames) Serve(ready func()) error {
+	err := c.ch.SendHello(Hello{Concurrency: c.o.Concurrency})
+	for err == nil {
+		err = c.turn(ready)
+	}
+	switch {
+	case errors.Is(err, io.EOF) || errors.Is(err, os.ErrClosed):
+		err = nil
+	case errors.Is(err, ErrClosed) && isClosed(err):
+		err = nil
+	}
+	c.mu.Lock()
+	c.err = ErrClosed
+	if err != nil {
+		c.err = fmt.Errorf("%w: %w", ErrClosed, err)
+	}
+	left := c.pending
+	c.pending = nil
+	c.mu.Unlock()
+	c.ch.Close()
+	for _, r := range left {
+		r.To.End(r, nil, c.err)
+	}
+	return err
+}
+
+// turn handles what has arrived.
+func (c *frames) turn(ready func()) error {
+	f, owned, more, err := c.ch.Receive()
+	if err != nil {
+		return err
+	}
+	c.ch.Hold()
+	defer c.ch.Release()
+	for {
+		if err := c.handle(f, owned, ready); err != nil || !more {
+			return err
+		}
+		if f, owned, more, err = c.ch.Receive(); err != nil {
+			return err
+		}
+	}
+}
+
+func (c *frames) handle(f Frame, owned bool, ready func()) error {
+	if !c.ready && f.Type != TypeHello {
+		return fmt.Errorf("%w: the worker's first frame is %s, not HELLO", ErrProtocol, f.Type)
+	}
+	keep := func() []byte {
+		if owned || len(f.Payload) == 0 {
+			return f.Payload
+		}
+		return append([]byte(nil), f.Payload...)
+	}
+	switch f.Type {
+	case TypeHello:
+		if c.ready {
+			return fmt.Errorf("%w: a second HELLO", ErrProtocol)
+		}
+		h, err := ParseHello(f.Payload)
+		if err != nil {
+			return err
+		}
+		c.ready = true
+		c.ch.SetPeerMax(h.MaxFrame)
+		if ready != nil {
+			ready()
+		}
+	case TypeResult, TypeError:
+		c.mu.Lock()
+		r := c.pending[f.ID]
+		delete(c.pending, f.ID)
+		c.mu.Unlock()
+		if r == nil {
+			return fmt.Errorf("%w: %s for %d, which is no task under way", ErrProtocol, f.Type, f.ID)
+		}
+		if f.Type == TypeResult {
+			r.To.End(r, keep(), nil)
+			return nil
+		}
+		e, err := ParseError(f.Payload)
+		if err != nil {
+			r.To.End(r, nil, fmt.Errorf("%w: %w", ErrClosed, err))
+			return err
+		}
+		r.To.End(r, nil, e)
+	case TypeProgress, TypeChunk:
+		c.mu.Lock()
+		r := c.pending[f.ID]
+		c.mu.Unlock()
+		if r == nil {
+			return fmt.Errorf("%w: %s for %d, which is no task under way", ErrProtocol, f.Type, f.ID)
+		}
+		// Others' sends must not wait for what the receiver does here.
+		c.ch.Release()
+		if f.Type == TypeProgress {
+			r.To.Progress(r, keep())
+		} else {
+			r.To.Chunk(r, keep())
+		}
+		c.ch.Hold()
+	case TypePing:
+		return c.ch.Send(TypePong, f.ID, keep())
+	case TypePong:
+	default:
+		if !f.Type.Optional() {
+			return fmt.Errorf("%w: unexpected frame %s from a worker", ErrProtocol, f.Type)
+		}
+	}
+	return nil
+}
+
+func (c *frames) Start(r *Request) error {
+	if len(r.Name) > maxName {
+		return fmt.Errorf("%w: a task name of %d bytes, where %d are allowed", ErrTooLarge, len(r.Name), maxName)
+	}
+	if int64(len(r.Body)) > c.ch.peer.Load() {
+		return c.ch.tooLarge(len(r.Body))
+	}
+	if len(r.Body) > math.MaxUint32-taskHeader-maxName {
+		return fmt.Errorf("%w: %d bytes", ErrTooLarge, len(r.Body))
+	}
+	var space [128]byte
+	c.mu.Lock()
+	if c.err != nil {
+		c.mu.Unlock()
+		return c.err
+	}
+	if r.cancelled {
+		c.mu.Unlock()
+		return ErrCancelled
+	}
+	for {
+		c.last++
+		if _, used := c.pending[c.last]; !used && c.last != 0 {
+			break
+		}
+	}
+	// Queued under the lock, so that a cancel comes after it.
+	if err := c.ch.w.queue(appendTask(space[:0], c.last, r.Name, r.Timeout, len(r.Body)), r.Body); err != nil {
+		c.mu.Unlock()
+		return err
+	}
+	r.id, r.sent = c.last, true
+	c.pending[r.id] = r
+	busy := len(c.pending) >= busyFrom
+	c.mu.Unlock()
+	c.ch.w.flush(busy)
+	return nil
+}
+
+func (c *frames) Cancel(r *Request) bool {
+	c.mu.Lock()
+	r.cancelled = true
+	if !r.sent || c.pending[r.id] != r {
+		c.mu.Unlock()
+		return true
+	}
+	var head [HeaderSize]byte
+	err := c.ch.w.queue(AppendHeader(head[:0], TypeCancel, r.id, 0), nil)
+	c.mu.Unlock()
+	c.ch.w.flush(false)
+	return err == nil
+}
+
+func (c *frames) Ping() bool {
+	c.mu.Lock()
+	c.pings++
+	id := c.pings
+	c.mu.Unlock()
+	return c.ch.Send(TypePing, id, nil) == nil
+}
+
+func (c *frames) Heard() uint64 { return c.ch.reads.Load() }
+
+func (c *frames) Stop() { _ = c.ch.Send(TypeStop, 0, nil) } // closed: it ends anyway
+
+func (c *frames) Close() error { return c.ch.Close() }

@@ -1,0 +1,351 @@
+package ipc
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxDepth is how deep arrays and objects of a message may nest.
+const maxDepth = 512
+
+// lines is the parent's side of a channel on which a task is one JSON value in
+// a line and so is its answer. There are no ids: answers come in the order of
+// the tasks.
+type lines struct {
+	in, out *os.File // read and written; the same for Node
+	w       *writer
+	limit   int
+	node    bool
+	reads   atomic.Uint64
+
+	mu      sync.Mutex
+	pending []*Request // in order
+	err     error
+	stopped bool
+}
+
+// NewJSONLines speaks JSON lines: to are the worker's standard input, from its
+// standard output, both non-blocking pipe ends as from os.Pipe. It takes over
+// both unless it fails. An object whose only key is "error" is a failure. A
+// line that answers no task is a violation of the protocol.
+func NewJSONLines(to, from *os.File, o Options) (Conn, error) { return newLines(to, from, o, false) }
+
+// NewNode speaks Node's own channel (NodeEnv) over f, the parent's end of a
+// Pair, which it takes over unless it fails: each task is a 'message', and the
+// next process.send is its answer. What a program sends while no task is under
+// way is dropped, and so are handles. An object whose only key is "error" is a
+// failure.
+func NewNode(f *os.File, o Options) (Conn, error) { return newLines(f, f, o, true) }
+
+// NodeEnv is what must be in the environment of a Node program that has the
+// child's end of its channel as descriptor fd.
+func NodeEnv(fd int) []string {
+	return []string{"NODE_CHANNEL_FD=" + strconv.Itoa(fd), "NODE_CHANNEL_SERIALIZATION_MODE=json"}
+}
+
+func newLines(to, from *os.File, o Options, node bool) (Conn, error) {
+	w, err := newWriter(to, o.MaxQueued)
+	if err != nil {
+		return nil, err
+	}
+	c := &lines{in: from, out: to, w: w, limit: o.MaxMessage, node: node}
+	if c.limit <= 0 {
+		c.limit = DefaultMaxFrame
+	}
+	return c, nil
+}
+
+func (c *lines) Serve(ready func()) error {
+	if ready != nil {
+		ready()
+	}
+	var (
+		pending []byte
+		buf     = make([]byte, readSize)
+		err     error
+	)
+	for err == nil {
+		var n int
+		n, err = c.in.Read(buf)
+		c.reads.Add(1)
+		if n == 0 {
+			continue
+		}
+		c.w.hold()
+		var bad error
+		if pending, bad = splitLines(pending, buf[:n], c.limit, c.line); bad != nil {
+			err = bad
+		}
+		c.w.release()
+	}
+	switch {
+	case errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET):
+		err = nil
+		if len(pending) > 0 {
+			err = io.ErrUnexpectedEOF
+		}
+	case errors.Is(err, os.ErrClosed):
+		err = nil
+	}
+	c.mu.Lock()
+	c.err = ErrClosed
+	if err != nil {
+		c.err = fmt.Errorf("%w: %w", ErrClosed, err)
+	}
+	left := c.pending
+	c.pending = nil
+	c.mu.Unlock()
+	c.Close()
+	for _, r := range left {
+		r.To.End(r, nil, c.err)
+	}
+	return err
+}
+
+// splitLines calls line for every whole line of pending+data and returns what
+// is left, copied from data. A line given is valid during the call only.
+func splitLines(pending, data []byte, limit int, line func([]byte) error) ([]byte, error) {
+	for {
+		i := bytes.IndexByte(data, '\n')
+		if i < 0 {
+			break
+		}
+		whole := data[:i]
+		if len(pending) > 0 {
+			whole = append(pending, whole...)
+			pending = nil
+		}
+		data = data[i+1:]
+		if len(whole) > limit {
+			return nil, fmt.Errorf("%w: a line of more than %d bytes", ErrTooLarge, limit)
+		}
+		if err := line(whole); err != nil {
+			return nil, err
+		}
+	}
+	if len(pending)+len(data) > limit {
+		return nil, fmt.Errorf("%w: a line of more than %d bytes", ErrTooLarge, limit)
+	}
+	if len(data) == 0 {
+		return pending, nil
+	}
+	return append(pending, data...), nil
+}
+
+// line handles one line of the worker.
+func (c *lines) line(b []byte) error {
+	b = bytes.TrimSpace(b)
+	if len(b) == 0 && !c.node {
+		return nil
+	}
+	if err := checkJSON(b); err != nil {
+		return err
+	}
+	if c.node {
+		switch cmd := nodeCommand(b); cmd {
+		case "":
+		case "NODE_HANDLE":
+			// The handle was dropped with the read; say so, else the program
+			// waits for ever before it sends the next.
+			if c.w.queue([]byte(`{"cmd":"NODE_HANDLE_NACK"}`+"\n"), nil) == nil {
+				c.w.flush(false)
+			}
+			return nil
+		default: // Node's own affairs
+			return nil
+		}
+	}
+	c.mu.Lock()
+	if len(c.pending) == 0 {
+		c.mu.Unlock()
+		if c.node {
+			return nil
+		}
+		return fmt.Errorf("%w: a line that answers no task: %q", ErrProtocol, clip(b))
+	}
+	r := c.pending[0]
+	c.pending[0] = nil
+	if c.pending = c.pending[1:]; len(c.pending) == 0 {
+		c.pending = nil
+	}
+	c.mu.Unlock()
+	if e := failure(b); e != nil {
+		r.To.End(r, nil, e)
+		return nil
+	}
+	r.To.End(r, bytes.Clone(b), nil)
+	return nil
+}
+
+func clip(b []byte) []byte { return b[:min(len(b), 64)] }
+
+func checkJSON(b []byte) error {
+	if tooDeep(b) {
+		return fmt.Errorf("%w: nested deeper than %d", ErrProtocol, maxDepth)
+	}
+	if !json.Valid(b) {
+		return fmt.Errorf("%w: not a JSON value: %q", ErrProtocol, clip(b))
+	}
+	return nil
+}
+
+// tooDeep reports whether b nests deeper than maxDepth, whatever else it is.
+func tooDeep(b []byte) bool {
+	depth, inString := 0, false
+	for i := 0; i < len(b); i++ {
+		switch ch := b[i]; {
+		case inString && ch == '\\':
+			i++
+		case ch == '"':
+			inString = !inString
+		case inString:
+		case ch == '{' || ch == '[':
+			if depth++; depth > maxDepth {
+				return true
+			}
+		case ch == '}' || ch == ']':
+			depth--
+		}
+	}
+	return false
+}
+
+// nodeCommand returns the "cmd" of one of Node's own messages, "" for a
+// message of the program.
+func nodeCommand(b []byte) string {
+	if len(b) == 0 || b[0] != '{' || !bytes.Contains(b, []byte(`NODE_`)) {
+		return ""
+	}
+	var m map[string]json.RawMessage // a struct would match "CMD" as well
+	if json.Unmarshal(b, &m) != nil {
+		return ""
+	}
+	var cmd string
+	if json.Unmarshal(m["cmd"], &cmd) != nil || len(cmd) <= len("NODE_") || cmd[:len("NODE_")] != "NODE_" {
+		return ""
+	}
+	return cmd
+}
+
+// failure is what an object with the only key "error" says; nil for any other
+// value.
+func failure(b []byte) *TaskError {
+	if len(b) == 0 || b[0] != '{' || !bytes.HasPrefix(bytes.TrimLeft(b[1:], " \t\r\n"), []byte(`"error"`)) {
+		return nil
+	}
+	var m map[string]json.RawMessage
+	if json.Unmarshal(b, &m) != nil || len(m) != 1 || m["error"] == nil {
+		return nil
+	}
+	raw := m["error"]
+	e := new(TaskError)
+	switch raw[0] {
+	case '"':
+		_ = json.Unmarshal(raw, &e.Message)
+	case '{':
+		if json.Unmarshal(raw, e) != nil || e.Message == "" {
+			*e = TaskError{Message: "the task failed", Data: bytes.Clone(raw)}
+		}
+	default:
+		*e = TaskError{Message: "the task failed", Data: bytes.Clone(raw)}
+	}
+	return e
+}
+
+// ErrNotJSON says that a task's body is not JSON where the protocol needs it.
+var ErrNotJSON = errors.New("ipc: the task's body is not a JSON value")
+
+func (c *lines) Start(r *Request) error {
+	body := r.Body
+	switch {
+	case len(body) == 0:
+		body = []byte("null")
+	case len(body) > c.limit:
+		return fmt.Errorf("%w: %d bytes, where %d are allowed", ErrTooLarge, len(body), c.limit)
+	case !json.Valid(body):
+		return fmt.Errorf("%w: %q", ErrNotJSON, clip(body))
+	}
+	if bytes.ContainsAny(body, "\n\r") {
+		var b bytes.Buffer
+		if err := json.Compact(&b, body); err != nil {
+			return fmt.Errorf("%w: %w", ErrNotJSON, err)
+		}
+		body = b.Bytes()
+	}
+	c.mu.Lock()
+	switch {
+	case c.err != nil:
+		c.mu.Unlock()
+		return c.err
+	case c.stopped:
+		c.mu.Unlock()
+		return ErrClosed
+	case r.cancelled:
+		c.mu.Unlock()
+		return ErrCancelled
+	}
+	err := c.w.queue(body, nil)
+	if err == nil {
+		// After a part that was taken the rest must follow.
+		if err = c.w.queue([]byte{'\n'}, nil); err != nil {
+			c.mu.Unlock()
+			c.Close()
+			return err
+		}
+		r.sent = true
+		c.pending = append(c.pending, r)
+	}
+	busy := len(c.pending) >= busyFrom
+	c.mu.Unlock()
+	if err == nil {
+		c.w.flush(busy)
+	}
+	return err
+}
+
+// Cancel can only keep back what was not sent.
+func (c *lines) Cancel(r *Request) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	r.cancelled = true
+	return !r.sent
+}
+
+func (c *lines) Ping() bool { return false }
+
+func (c *lines) Heard() uint64 { return c.reads.Load() }
+
+// Stop closes the worker's standard input, or disconnects Node, when what was
+// sent is written.
+func (c *lines) Stop() {
+	c.mu.Lock()
+	c.stopped = true
+	c.mu.Unlock()
+	if c.node {
+		c.w.whenWritten(func() {
+			if rc, err := c.out.SyscallConn(); err == nil {
+				_ = rc.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_WR) })
+			}
+		})
+		return
+	}
+	c.w.whenWritten(func() { c.out.Close() })
+}
+
+func (c *lines) Close() error {
+	c.w.fail(ErrClosed)
+	err := c.in.Close()
+	if c.out != c.in {
+		c.out.Close()
+	}
+	return err
+}

@@ -1,0 +1,137 @@
+package pool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	sdk "github.com/remuda-dev/remuda/worker"
+)
+
+// modeVar makes the test binary the worker that the tests run.
+const modeVar = "POOL_TEST_MODE"
+
+func TestMain(m *testing.M) {
+	switch os.Getenv(modeVar) {
+	case "":
+		goleak.VerifyTestMain(m)
+	case "worker":
+		err := sdk.Serve(context.Background(), handlers())
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+	case "exit":
+		os.Exit(3)
+	case "pingpong":
+		f := os.NewFile(3, "socket")
+		b := make([]byte, 64)
+		for {
+			n, err := f.Read(b)
+			if err != nil {
+				return
+			}
+			if _, err := f.Write(b[:n]); err != nil {
+				return
+			}
+		}
+	}
+}
+
+func handlers() sdk.Handlers {
+	return sdk.Handlers{
+		"": func(_ context.Context, t *sdk.Task) ([]byte, error) { return t.Body, nil },
+		"pid": func(context.Context, *sdk.Task) ([]byte, error) {
+			return []byte(strconv.Itoa(os.Getpid())), nil
+		},
+		"fail": func(_ context.Context, t *sdk.Task) ([]byte, error) {
+			return nil, &sdk.Error{Code: "no", Message: string(t.Body)}
+		},
+		"panic": func(context.Context, *sdk.Task) ([]byte, error) { panic("oops") },
+		"exit": func(context.Context, *sdk.Task) ([]byte, error) {
+			os.Exit(7)
+			return nil, nil
+		},
+		"kill": func(context.Context, *sdk.Task) ([]byte, error) {
+			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+			select {}
+		},
+		"stop": func(context.Context, *sdk.Task) ([]byte, error) {
+			_ = syscall.Kill(os.Getpid(), syscall.SIGSTOP)
+			select {} // another thread may have taken the signal
+		},
+		"garbage": func(context.Context, *sdk.Task) ([]byte, error) {
+			_, _ = syscall.Write(3, []byte("this is no frame at all, is it?"))
+			select {}
+		},
+		"half": func(context.Context, *sdk.Task) ([]byte, error) {
+			_, _ = syscall.Write(3, []byte{100, 0, 0, 0, 3, 0})
+			os.Exit(0)
+			return nil, nil
+		},
+		"close": func(context.Context, *sdk.Task) ([]byte, error) {
+			_ = syscall.Shutdown(3, syscall.SHUT_RDWR)
+			select {}
+		},
+		"wait": func(ctx context.Context, _ *sdk.Task) ([]byte, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		},
+		"hang": func(context.Context, *sdk.Task) ([]byte, error) { select {} },
+		"once": func(_ context.Context, t *sdk.Task) ([]byte, error) {
+			f, err := os.OpenFile(string(t.Body), os.O_CREATE|os.O_EXCL, 0o600)
+			if err != nil {
+				return []byte("again"), nil
+			}
+			f.Close()
+			os.Exit(1)
+			return nil, nil
+		},
+		"stream": func(_ context.Context, t *sdk.Task) ([]byte, error) {
+			for i := range 3 {
+				if err := errors.Join(t.Progress([]byte(strconv.Itoa(i))), t.Chunk([]byte(strings.Repeat("x", i)))); err != nil {
+					return nil, err
+				}
+			}
+			return []byte("end"), nil
+		},
+	}
+}
+
+// newPool makes a pool of the test's own workers.
+func newPool(t testing.TB, o Options) *Pool {
+	t.Helper()
+	if o.Command == nil {
+		o.Command = []string{"/proc/self/exe"}
+		if exe, err := os.Executable(); err == nil {
+			o.Command[0] = exe
+		}
+		o.Env = append(os.Environ(), modeVar+"=worker")
+	}
+	if o.Stderr == nil {
+		o.Stderr = os.Stderr
+	}
+	p, err := New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		defer cancel()
+		if err := p.Close(ctx); err != nil {
+			t.Error("Close:", err)
+		}
+		if s := p.Stats(); s.Running != 0 || s.Queued != 0 || s.Up != 0 {
+			t.Errorf("after Close: %+v", s)
+		}
+	})
+	return p
+}

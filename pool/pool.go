@@ -1,0 +1,625 @@
+package pool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/remuda-dev/remuda/ipc"
+	"github.com/remuda-dev/remuda/proc"
+	"github.com/remuda-dev/remuda/supervise"
+)
+
+// Task is one thing to be done by a worker.
+type Task struct {
+	// Name chooses the worker's handler; [Frames] only, at most 1 KiB.
+	Name string
+	// Body is what the worker gets: JSON for [JSONLines] and [Node], anything
+	// else for the others. It must not be changed any more, also not when Do
+	// has returned early.
+	Body []byte
+	// Priority is 0 to [MaxPriority]: as long as a task of a higher one waits,
+	// none of a lower one is begun.
+	Priority int
+	// Timeout bounds the time on a worker, not the wait for one: that is the
+	// context's. 0: Options.Timeout; below 0: unbounded.
+	Timeout time.Duration
+	// Idempotent says that the task may be done twice: it is tried again where
+	// its worker died.
+	Idempotent bool
+	// OnProgress and OnChunk are given what the worker sends ahead of its
+	// result, in order; [Frames] only. They hold up the worker's other answers,
+	// so they must be quick, and one may still run when Do returns early. nil:
+	// dropped.
+	OnProgress, OnChunk func([]byte)
+}
+
+// Result is what a task came to. The times are set for failures too.
+type Result struct {
+	Body     []byte        // the caller's own
+	Wait     time.Duration // from Do to the start on the worker that ended it
+	Run      time.Duration // on that worker
+	PID      int           // of that worker; 0 for Exec and where there was none
+	Attempts int           // workers it was given to
+}
+
+// Pool is a set of workers. Its methods may be called concurrently.
+type Pool struct {
+	o      Options
+	launch launchFunc
+	sup    *supervise.Supervisor
+	own    *proc.Direct // where the caller gave no Spawner
+
+	mu       sync.Mutex
+	q        queue
+	ready    ready
+	slots    []slot
+	up       int // workers that are ready for tasks or at work
+	failing  int // slots whose last few starts failed
+	open     int // calls accepted and not ended
+	active   *call
+	running  int // requests on workers, also of callers that have gone
+	refusing bool
+	closing  bool
+	drained  chan struct{} // closed when refusing and nothing is open
+	stats    counters
+
+	closeOnce sync.Once
+	closeErr  error
+}
+
+// slot is the place of one worker.
+type slot struct {
+	fails int          // starts in a row that led to nothing
+	last  *WorkerError // why
+}
+
+// failFast is how often each slot must have failed to start a worker before
+// tasks fail rather than wait.
+const failFast = 3
+
+// launchFunc starts one worker. Process and Conn are the caller's.
+type launchFunc func(ctx context.Context, slot int) (proc.Process, ipc.Conn, error)
+
+// New starts a pool. It does not wait for the workers: tasks do. The caller
+// must Close it.
+func New(o Options) (*Pool, error) {
+	if err := o.complete(); err != nil {
+		return nil, err
+	}
+	if err := o.program(); err != nil {
+		return nil, err
+	}
+	var own *proc.Direct
+	if o.Spawner == nil {
+		own = &proc.Direct{Tag: fmt.Sprintf("pool%d.%x", os.Getpid(), rand.Uint64())}
+		o.Spawner = own
+	}
+	s := &starter{o: o, run: strconv.FormatUint(rand.Uint64(), 36)}
+	launch := s.channel
+	if o.Protocol == Exec {
+		launch = s.exec
+	}
+	p, err := start(o, launch)
+	if err != nil {
+		return nil, err
+	}
+	p.own = own
+	return p, nil
+}
+
+// start makes a pool of workers that launch starts.
+func start(o Options, launch launchFunc) (*Pool, error) {
+	p := &Pool{
+		o: o, launch: launch, slots: make([]slot, o.Size), drained: make(chan struct{}),
+		sup: supervise.New(supervise.Options{Starts: 8}),
+	}
+	p.ready.first = make([]*worker, o.Concurrency+1)
+	p.ready.least = len(p.ready.first)
+	grace := o.Grace
+	if grace == 0 {
+		grace = -1
+	}
+	for i := range o.Size {
+		err := p.sup.Add(supervise.Spec{
+			Name: "worker-" + strconv.Itoa(i),
+			Child: supervise.ChildFunc(func(ctx context.Context, _ supervise.Attempt) (supervise.Run, error) {
+				return p.startWorker(ctx, i)
+			}),
+			Restart: supervise.Always,
+			// A run is ready when it has answered something, and stable then.
+			MinUptime: -1,
+			// It never gives up; Do says what is wrong.
+			MaxRestarts:  -1,
+			Backoff:      o.Backoff,
+			StartTimeout: o.StartTimeout,
+			Grace:        grace,
+		}, true)
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("pool: %w", err), p.Close(context.Background()))
+		}
+	}
+	return p, nil
+}
+
+// call is a task on its way. What is below task is guarded by Pool.mu; req is
+// the Conn's while it is under way.
+type call struct {
+	p    *Pool
+	task Task
+	req  ipc.Request
+	done chan struct{}
+
+	timeout    time.Duration
+	asked      time.Time
+	began      time.Time
+	next, prev *call // in the queue or in active
+	queued     bool
+	w          *worker
+	lost       bool // its worker is gone; how is not known yet
+	settled    bool // the worker has answered, or is gone
+	ended      bool
+	attempts   int
+	timer      *time.Timer
+	res        Result
+	err        error
+}
+
+// Do has a worker do the task and returns its result. Errors: *[TaskError]
+// where the worker reported a failure; [ErrWorkerDied], [ErrTimeout],
+// [ErrQueueFull], [ErrNoWorkers], [ErrClosed]; the context's own where it was
+// cancelled, and its own and ErrTimeout where its deadline is over;
+// [ipc.ErrTooLarge], [ipc.ErrNotJSON] where the task cannot be sent.
+//
+// When Do returns early (context, timeout) the worker is told to give the task
+// up, and is killed and replaced if it has not within Options.Grace. Workers
+// that cannot be told are sent SIGTERM first.
+func (p *Pool) Do(ctx context.Context, t Task) (Result, error) {
+	if t.Priority < 0 || t.Priority > MaxPriority {
+		return Result{}, fmt.Errorf("pool: priority %d: 0 to %d are possible", t.Priority, MaxPriority)
+	}
+	if err := ctx.Err(); err != nil {
+		return Result{}, gaveUp(err)
+	}
+	c := &call{p: p, task: t, done: make(chan struct{}), timeout: t.Timeout, asked: time.Now()}
+	if c.timeout == 0 {
+		c.timeout = p.o.Timeout
+	}
+	c.req = ipc.Request{Name: t.Name, Body: t.Body, Timeout: max(c.timeout, 0), To: c}
+
+	p.mu.Lock()
+	if p.refusing {
+		p.mu.Unlock()
+		return Result{}, ErrClosed
+	}
+	if err := p.broken(); err != nil {
+		p.mu.Unlock()
+		return Result{}, err
+	}
+	// A worker that is ready means that nothing waits.
+	w := p.ready.best()
+	if w == nil && p.o.Full == Reject && p.q.n >= p.o.Queue {
+		p.stats.Rejected++
+		n := p.q.n
+		p.mu.Unlock()
+		return Result{}, fmt.Errorf("%w: %d tasks wait and all workers are busy", ErrQueueFull, n)
+	}
+	p.open++
+	p.stats.Accepted++
+	if w != nil {
+		p.assign(w, c)
+		p.mu.Unlock()
+		p.send(w, c)
+	} else {
+		// Those that wait for room wait here too: their callers hold still
+		// either way, and the most urgent goes first.
+		p.q.push(c)
+		p.mu.Unlock()
+	}
+	select {
+	case <-c.done:
+	case <-ctx.Done():
+		p.giveUp(c, gaveUp(ctx.Err()), 0)
+	}
+	return c.res, c.err
+}
+
+// gaveUp is the error of a task whose context has ended.
+func gaveUp(err error) error {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("%w: %w", ErrTimeout, err)
+	}
+	return fmt.Errorf("pool: the task was given up: %w", err)
+}
+
+// broken says why no worker can be had, nil where one can or may yet.
+func (p *Pool) broken() error {
+	if p.up > 0 || p.failing < len(p.slots) {
+		return nil
+	}
+	for i := range p.slots {
+		if e := p.slots[i].last; e != nil {
+			return e
+		}
+	}
+	return ErrNoWorkers
+}
+
+// assign gives c to w; the caller sends it when it has let go of the lock.
+func (p *Pool) assign(w *worker, c *call) {
+	if w.listed {
+		p.ready.remove(w)
+	}
+	w.load++
+	w.sent++
+	if p.o.MaxTasks > 0 && w.sent >= p.o.MaxTasks {
+		w.retiring = true
+	}
+	p.list(w)
+	p.running++
+	c.w, c.lost, c.settled = w, false, false
+	c.attempts++
+	c.began = time.Now()
+	c.prev, c.next = nil, p.active
+	if c.next != nil {
+		c.next.prev = c
+	}
+	p.active = c
+	if c.timeout > 0 {
+		n := c.attempts
+		c.timer = time.AfterFunc(c.timeout, func() {
+			p.giveUp(c, fmt.Errorf("%w after %s", ErrTimeout, c.timeout), n)
+		})
+	}
+	if p.o.Heartbeat > 0 && !w.beating {
+		w.beating, w.pinged = true, false
+		w.beat = time.AfterFunc(p.o.Heartbeat, w.heartbeat)
+	}
+}
+
+// list puts w where tasks find it, if it can take one.
+func (p *Pool) list(w *worker) {
+	if w.up && !w.retiring && w.load < p.o.Concurrency {
+		p.ready.add(w)
+	}
+}
+
+// send starts c on w, and whatever else w gets where that fails.
+func (p *Pool) send(w *worker, c *call) {
+	for c != nil {
+		err := w.conn.Start(&c.req)
+		if err == nil {
+			return
+		}
+		c = p.settle(c, nil, err)
+	}
+}
+
+// fill gives w what waits.
+func (p *Pool) fill(w *worker) {
+	for {
+		p.mu.Lock()
+		c := p.take(w)
+		p.mu.Unlock()
+		if c == nil {
+			return
+		}
+		p.send(w, c)
+	}
+}
+
+// take assigns the next task to w, nil where there is none or w takes none.
+func (p *Pool) take(w *worker) *call {
+	if !w.up || w.retiring || w.load >= p.o.Concurrency {
+		return nil
+	}
+	c := p.q.pop()
+	if c != nil {
+		p.assign(w, c)
+	}
+	return c
+}
+
+// End implements ipc.Receiver.
+func (c *call) End(_ *ipc.Request, body []byte, err error) {
+	w := c.w // not changed while the request is under way
+	if next := c.p.settle(c, body, err); next != nil {
+		c.p.send(w, next)
+	}
+}
+
+// Progress implements ipc.Receiver.
+func (c *call) Progress(_ *ipc.Request, b []byte) { c.tell(c.task.OnProgress, b) }
+
+// Chunk implements ipc.Receiver.
+func (c *call) Chunk(_ *ipc.Request, b []byte) { c.tell(c.task.OnChunk, b) }
+
+func (c *call) tell(f func([]byte), b []byte) {
+	if f == nil {
+		return
+	}
+	c.p.mu.Lock()
+	ended := c.ended
+	c.p.mu.Unlock()
+	if !ended {
+		f(b)
+	}
+}
+
+// settle ends a request and returns what its worker is to be sent next.
+func (p *Pool) settle(c *call, body []byte, err error) (next *call) {
+	p.mu.Lock()
+	w := c.w
+	if errors.Is(err, ipc.ErrClosed) {
+		// How the worker ended is known when it has.
+		c.lost, c.settled = true, true
+		if w.over {
+			again := p.bury(w, []*call{c})
+			p.mu.Unlock()
+			p.sendAll(again)
+			return nil
+		}
+		w.lost = append(w.lost, c)
+		p.mu.Unlock()
+		return nil
+	}
+	defer p.mu.Unlock()
+	c.settled = true
+	p.running--
+	p.unlink(c)
+	if w.listed {
+		p.ready.remove(w)
+	}
+	w.load--
+	var te *TaskError
+	if !w.answered && (err == nil || errors.As(err, &te)) {
+		w.answered = true
+		close(w.proven)
+	}
+	switch {
+	case c.ended:
+		// Nobody waits; what is left is the timer that would kill the worker.
+		stopTimer(c)
+	case errors.Is(err, ErrWorkerDied) && p.again(c):
+		p.q.pushFront(c) // at least this worker's slot is free
+	default:
+		c.res.Body = body
+		p.finish(c, err)
+	}
+	if w.retiring && w.load == 0 && !w.asked {
+		w.askLater("recycled")
+	}
+	if next = p.take(w); next == nil {
+		p.list(w)
+	}
+	return next
+}
+
+func stopTimer(c *call) {
+	if c.timer != nil {
+		c.timer.Stop()
+		c.timer = nil
+	}
+}
+
+// unlink takes c out of active.
+func (p *Pool) unlink(c *call) {
+	if c.prev != nil {
+		c.prev.next = c.next
+	} else if p.active == c {
+		p.active = c.next
+	}
+	if c.next != nil {
+		c.next.prev = c.prev
+	}
+	c.next, c.prev = nil, nil
+}
+
+// again reports whether c may be tried once more, and readies it for that.
+func (p *Pool) again(c *call) bool {
+	if !c.task.Idempotent || c.attempts > p.o.Retries || p.closing {
+		return false
+	}
+	stopTimer(c)
+	c.req.Reset()
+	c.w, c.lost = nil, false
+	p.stats.Retried++
+	return true
+}
+
+// finish ends a call for its caller.
+func (p *Pool) finish(c *call, err error) {
+	now := time.Now()
+	c.ended, c.err = true, err
+	stopTimer(c)
+	c.res.Attempts = c.attempts
+	if c.attempts > 0 {
+		c.res.Wait, c.res.Run = c.began.Sub(c.asked), now.Sub(c.began)
+		if c.w != nil {
+			c.res.PID = c.w.pid
+		}
+	} else {
+		c.res.Wait = now.Sub(c.asked)
+	}
+	p.stats.count(c, err)
+	p.open--
+	close(c.done)
+	if p.refusing && p.open == 0 {
+		close(p.drained)
+	}
+}
+
+// giveUp ends a call for its caller before its worker has. attempt, unless 0,
+// is the one it is about.
+func (p *Pool) giveUp(c *call, err error, attempt int) {
+	p.mu.Lock()
+	if c.ended || attempt > 0 && (c.attempts != attempt || c.queued) {
+		p.mu.Unlock()
+		return
+	}
+	if c.queued {
+		p.q.remove(c)
+		p.finish(c, err)
+		p.mu.Unlock()
+		return
+	}
+	w, settled := c.w, c.settled
+	p.finish(c, err)
+	p.mu.Unlock()
+	if settled {
+		return
+	}
+	polite := w.conn.Cancel(&c.req)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if c.settled {
+		return
+	}
+	cause := fmt.Sprintf("did not give up a task within %s of being told to", p.o.Grace)
+	if !polite {
+		p.retire(w)
+		w.signal()
+		cause = fmt.Sprintf("had a task that was given up, and did not end within %s of SIGTERM", p.o.Grace)
+	}
+	c.timer = time.AfterFunc(p.o.Grace, func() {
+		p.mu.Lock()
+		settled := c.settled
+		p.mu.Unlock()
+		if !settled {
+			w.Kill(cause)
+		}
+	})
+}
+
+// retire keeps w from getting any more tasks.
+func (p *Pool) retire(w *worker) {
+	if w.listed {
+		p.ready.remove(w)
+	}
+	w.retiring = true
+}
+
+// bury ends the calls that a worker took with it, or readies them to be tried
+// again; those it returns have a worker already and must be sent.
+func (p *Pool) bury(w *worker, calls []*call) (again []*call) {
+	for _, c := range calls {
+		p.running--
+		p.unlink(c)
+		w.load--
+		if c.ended {
+			stopTimer(c)
+			continue
+		}
+		if !p.again(c) {
+			p.finish(c, &WorkerError{Kind: ErrWorkerDied, PID: w.pid, Exit: w.exit, Cause: w.cause})
+			continue
+		}
+		if to := p.ready.best(); to != nil {
+			p.assign(to, c)
+			again = append(again, c)
+		} else {
+			p.q.pushFront(c)
+		}
+	}
+	p.failIfBroken()
+	return again
+}
+
+func (p *Pool) sendAll(calls []*call) {
+	for _, c := range calls {
+		p.send(c.w, c)
+	}
+}
+
+// failIfBroken ends what waits where no worker will come.
+func (p *Pool) failIfBroken() {
+	err := p.broken()
+	if err == nil {
+		return
+	}
+	for c := p.q.pop(); c != nil; c = p.q.pop() {
+		p.finish(c, err)
+	}
+}
+
+// Drain has the pool take nothing new and waits until everything it has
+// accepted has ended, or ctx has. The workers stay until Close.
+func (p *Pool) Drain(ctx context.Context) error {
+	p.mu.Lock()
+	p.refuse()
+	p.mu.Unlock()
+	select {
+	case <-p.drained:
+		return nil
+	case <-ctx.Done():
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return fmt.Errorf("pool: %d tasks were not done: %w", p.open, ctx.Err())
+	}
+}
+
+func (p *Pool) refuse() {
+	if p.refusing {
+		return
+	}
+	p.refusing = true
+	if p.open == 0 {
+		close(p.drained)
+	}
+}
+
+// Close ends the pool. What waits fails with ErrClosed at once, what runs may
+// end until ctx does and fails with ErrClosed then. The workers are asked to
+// end, and killed after Options.Grace or when ctx ends. Close returns when
+// nothing is left of them; later calls wait and return the same. The error is
+// ctx's where it cut something short.
+func (p *Pool) Close(ctx context.Context) error {
+	p.closeOnce.Do(func() { p.closeErr = p.close(ctx) })
+	return p.closeErr
+}
+
+// lastWait is how long Close waits for workers that were sent SIGKILL.
+const lastWait = 30 * time.Second
+
+func (p *Pool) close(ctx context.Context) error {
+	p.mu.Lock()
+	p.closing = true
+	for c := p.q.pop(); c != nil; c = p.q.pop() {
+		p.finish(c, ErrClosed)
+	}
+	p.refuse()
+	p.mu.Unlock()
+	var cut error
+	select {
+	case <-p.drained:
+	case <-ctx.Done():
+		p.mu.Lock()
+		cut = fmt.Errorf("pool: closed with %d tasks under way: %w", p.open, ctx.Err())
+		for c := p.active; c != nil; c = c.next {
+			if !c.ended {
+				p.finish(c, ErrClosed)
+			}
+		}
+		p.mu.Unlock()
+	}
+	err := p.sup.Shutdown(ctx)
+	if err != nil {
+		if cut == nil {
+			cut = fmt.Errorf("pool: the workers had to be killed: %w", ctx.Err())
+		}
+		last, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastWait)
+		defer cancel()
+		if err := p.sup.Shutdown(last); err != nil {
+			cut = fmt.Errorf("pool: %w", err)
+		}
+	}
+	if p.own != nil {
+		p.own.Close()
+	}
+	return cut
+}

@@ -1,0 +1,131 @@
+package pool
+
+import (
+	"context"
+	"errors"
+	"math/bits"
+	"time"
+)
+
+// Stats is a pool as it was at one moment, and what it has done so far.
+type Stats struct {
+	Size    int // workers there shall be
+	Up      int // workers that are ready or at work
+	Busy    int // workers that have a task
+	Queued  int // tasks that wait, Blocked not counted
+	Blocked int // tasks that wait for room in the queue
+	Running int // tasks on workers, also those that were given up and not yet answered
+
+	Accepted  uint64 // tasks, Rejected not counted
+	Done      uint64
+	Failed    uint64 // a *TaskError, or could not be sent
+	TimedOut  uint64
+	Cancelled uint64 // given up by their callers, or by Close
+	Lost      uint64 // ErrWorkerDied, ErrNoWorkers
+	Rejected  uint64 // ErrQueueFull
+	Retried   uint64 // times that a task was given to another worker
+
+	Died     uint64 // workers that ended without being asked to
+	Recycled uint64 // workers replaced by MaxTasks or MaxAge
+
+	Wait Times // in the queue, of tasks that came to a worker
+	Run  Times // on a worker
+}
+
+// Times sums up durations. The quantiles are accurate to a factor of two.
+type Times struct {
+	Count         uint64
+	Total         time.Duration
+	Max           time.Duration
+	P50, P90, P99 time.Duration
+}
+
+// Mean is Total by Count.
+func (t Times) Mean() time.Duration {
+	if t.Count == 0 {
+		return 0
+	}
+	return t.Total / time.Duration(t.Count)
+}
+
+// times counts durations by their power of two.
+type times struct {
+	n     uint64
+	total time.Duration
+	max   time.Duration
+	by    [64]uint64
+}
+
+func (t *times) add(d time.Duration) {
+	d = max(d, 0)
+	t.n++
+	t.total += d
+	t.max = max(t.max, d)
+	t.by[bits.Len64(uint64(d))]++
+}
+
+func (t *times) quantile(q float64) time.Duration {
+	want := uint64(q * float64(t.n))
+	var seen uint64
+	for i, n := range t.by {
+		if seen += n; seen > want {
+			if i == 0 {
+				return 0
+			}
+			// The middle of what the power of two covers.
+			return min(3<<i>>2, t.max)
+		}
+	}
+	return t.max
+}
+
+func (t *times) sum() Times {
+	return Times{Count: t.n, Total: t.total, Max: t.max, P50: t.quantile(0.5), P90: t.quantile(0.9), P99: t.quantile(0.99)}
+}
+
+type counters struct {
+	Accepted, Done, Failed, TimedOut, Cancelled, Lost, Rejected, Retried, Died, Recycled uint64
+
+	wait, run times
+}
+
+// count books the end of a call.
+func (s *counters) count(c *call, err error) {
+	if c.attempts > 0 {
+		s.wait.add(c.res.Wait)
+		s.run.add(c.res.Run)
+	}
+	var te *TaskError
+	switch {
+	case err == nil:
+		s.Done++
+	case errors.As(err, &te):
+		s.Failed++
+	case errors.Is(err, ErrWorkerDied) || errors.Is(err, ErrNoWorkers):
+		s.Lost++
+	case errors.Is(err, ErrTimeout):
+		s.TimedOut++
+	case errors.Is(err, context.Canceled) || errors.Is(err, ErrClosed):
+		s.Cancelled++
+	default:
+		s.Failed++
+	}
+}
+
+// Stats returns the pool as it is now.
+func (p *Pool) Stats() Stats {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s := &p.stats
+	idle := 0
+	for w := p.ready.first[0]; w != nil; w = w.next {
+		idle++
+	}
+	queued := min(p.q.n, p.o.Queue)
+	return Stats{
+		Size: p.o.Size, Up: p.up, Busy: max(p.up-idle, 0), Queued: queued, Blocked: p.q.n - queued, Running: p.running,
+		Accepted: s.Accepted, Done: s.Done, Failed: s.Failed, TimedOut: s.TimedOut, Cancelled: s.Cancelled,
+		Lost: s.Lost, Rejected: s.Rejected, Retried: s.Retried, Died: s.Died, Recycled: s.Recycled,
+		Wait: s.wait.sum(), Run: s.run.sum(),
+	}
+}
