@@ -166,7 +166,7 @@ func (c *cli) exit(err error) int {
 		code, what = ExitNoTarget, "`remuda list` shows what there is."
 	case errors.Is(err, client.ErrUnreachable):
 		code = ExitUnreachable
-		if !errors.Is(err, os.ErrPermission) {
+		if !errors.Is(err, os.ErrPermission) && !headless(err) {
 			what = "`remuda start …` or `remuda up` starts one; `remuda doctor` looks for trouble."
 		}
 	case errors.Is(err, config.ErrNotFound):
@@ -180,6 +180,12 @@ func (c *cli) exit(err error) int {
 		fmt.Fprintln(c.Stderr, what)
 	}
 	return code
+}
+
+// headless says whether there is a daemon whose controller does not come up,
+// which starting another does not help.
+func headless(err error) bool {
+	return errors.Is(err, client.ErrUnreachable) && strings.Contains(err.Error(), "its keeper lives")
 }
 
 // say prints a line for a person on standard error.

@@ -174,7 +174,7 @@ func checkSocket(home string, answer error) check {
 		return failing(name, "move it away", "%s is not a socket", path)
 	case st.Mode().Perm()&0o077 != 0:
 		return warning(name, "chmod 600 "+quote(path), "%s is open to others (mode %04o)", path, st.Mode().Perm())
-	case errors.Is(answer, client.ErrUnreachable) && !errors.Is(answer, os.ErrPermission):
+	case errors.Is(answer, client.ErrUnreachable) && !errors.Is(answer, os.ErrPermission) && !headless(answer):
 		return warning(name, "nothing: the next start of a daemon replaces it", "%s is left from a daemon that was killed", path)
 	}
 	return ok(name, "%s", path)
@@ -185,6 +185,8 @@ func (c *cli) checkDaemon(info client.Info, err error) check {
 	switch {
 	case errors.Is(err, os.ErrPermission):
 		return failing(name, "set REMUDA_HOME, or become that user", "%v", err)
+	case headless(err):
+		return failing(name, "", "%v", err)
 	case errors.Is(err, client.ErrUnreachable):
 		return ok(name, "none runs; the first start launches it")
 	case errors.Is(err, context.DeadlineExceeded):

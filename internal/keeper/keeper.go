@@ -1,6 +1,7 @@
 package keeper
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -39,12 +40,16 @@ type Options struct {
 	// stderr; nil is the keeper's stderr. A line is dropped rather than waited
 	// with where it cannot be written at once.
 	Log *os.File
+	// Hello is how long a controller may take to connect before it is killed;
+	// 0 is 15 s.
+	Hello time.Duration
 }
 
 // The patience of the keeper.
 const (
 	firstDelay  = 50 * time.Millisecond // before a controller that failed is started again; it doubles
 	mostDelay   = 5 * time.Second
+	helloTime   = 15 * time.Second // for a controller to connect
 	quickDeath  = time.Second      // an exit with an error sooner than this counts as failing
 	lingerTime  = 5 * time.Second  // for a controller that has lost or ended its connection to exit
 	orphanTime  = 10 * time.Second // how long a SIGTERM waits for a controller
@@ -227,11 +232,12 @@ func Run(ctx context.Context, opts Options) error {
 // loop is the main goroutine: it owns the controller's life.
 func (k *keeper) loop(ctx context.Context, signals <-chan os.Signal) error {
 	restart := time.NewTimer(0) // starts the first one, too
+	hello := stoppedTimer()     // a controller has to connect
 	linger := stoppedTimer()    // a controller without a connection has to exit
 	orphan := stoppedTimer()    // a signal waits for a controller
 	trim := stoppedTimer()
 	watchdog := k.manager.ticker()
-	failures, trimming := 0, false
+	failures, trimming, hung := 0, false, false
 	var waiting os.Signal // that no controller has got yet
 
 	for {
@@ -243,20 +249,28 @@ func (k *keeper) loop(ctx context.Context, signals <-chan os.Signal) error {
 			if err := k.startController(); err != nil {
 				k.logf("the controller cannot be started: %v", err)
 				failures++
-				k.failedTrial(err.Error())
+				k.failedTrial(err.Error(), false)
 				restart.Reset(delay(failures))
+				break
 			}
+			hung = false
+			hello.Reset(cmp.Or(k.opts.Hello, helloTime))
 
 		case x := <-k.exited:
 			linger.Stop()
+			hello.Stop()
 			<-x.drained
 			wait := time.Duration(0)
 			switch lived := x.exit.At.Sub(x.ctl.started); {
 			case !x.ctl.hello, x.exit.Signal == 0 && x.exit.Code != 0 && lived < quickDeath:
 				failures++
 				wait = delay(failures)
-				if !x.ctl.hello {
-					k.failedTrial(x.exit.String())
+				switch {
+				case x.ctl.hello:
+				case hung:
+					k.failedTrial("it runs, but does not connect", true)
+				default:
+					k.failedTrial(x.exit.String(), false)
 				}
 			case lived < firstDelay:
 				wait = firstDelay // a loop, and not a person with kill -9
@@ -269,10 +283,20 @@ func (k *keeper) loop(ctx context.Context, signals <-chan os.Signal) error {
 			restart.Reset(wait)
 
 		case <-k.hello:
+			hello.Stop()
 			failures = 0
 			if waiting != nil && k.forward(waiting) {
 				waiting = nil
 				orphan.Stop()
+			}
+
+		case <-hello.C:
+			k.mu.Lock()
+			hung = !k.ctl.hello
+			k.mu.Unlock()
+			if hung {
+				k.logf("the controller does not connect: killing it")
+				k.signalController(unix.SIGKILL)
 			}
 
 		case <-k.lost:
@@ -403,17 +427,18 @@ func (k *keeper) startController() error {
 }
 
 // failedTrial counts a death of a controller before hello; a replacement that
-// keeps dying is given up for the program before it.
-func (k *keeper) failedTrial(why string) {
+// keeps dying, or does what is no use to try again, is given up for the program
+// before it.
+func (k *keeper) failedTrial(why string, hopeless bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.old == nil {
 		return
 	}
-	if k.deaths++; k.deaths < trialDeaths {
+	if k.deaths++; k.deaths < trialDeaths && !hopeless {
 		return
 	}
-	k.notice = fmt.Sprintf("the new controller %s ended %d times before it connected (the last time: %s); back to %s", k.ctl.cmd.Path, k.deaths, why, k.old.Path)
+	k.notice = fmt.Sprintf("the new controller %s did not come up (%s); back to %s", k.ctl.cmd.Path, why, k.old.Path)
 	k.ctl.cmd, k.old = *k.old, nil
 	k.logf("%s", k.notice)
 }

@@ -612,6 +612,16 @@ func TestReplace(t *testing.T) {
 	if r.args != "new arguments" || !strings.Contains(inv.Notice, "/bin/false") || !strings.Contains(inv.Notice, "exit code 1") {
 		t.Errorf("arguments %q, notice %q", r.args, inv.Notice)
 	}
+	// One that runs and does something else.
+	if err := c.Replace(testContext(t), "/bin/sleep", []string{"sleep", "1000"}); err != nil {
+		t.Fatal(err)
+	}
+	r.exitWith(0)
+	<-c.Done()
+	r, c, inv = w.connect()
+	if r.args != "new arguments" || !strings.Contains(inv.Notice, "/bin/sleep did not come up (it runs, but does not connect)") {
+		t.Errorf("arguments %q, notice %q", r.args, inv.Notice)
+	}
 	// It stays with what worked, and says so once.
 	r.kill()
 	<-c.Done()

@@ -62,6 +62,7 @@ func keeperMain() {
 			Controller: Command{Path: exe, Env: env},
 			Tag:        os.Getenv(tagVar),
 			Log:        os.Stderr,
+			Hello:      3 * time.Second,
 		})
 	}
 	if err != nil {
