@@ -209,7 +209,7 @@ func writeStream[T any](ctx context.Context, hc huma.Context, items iter.Seq2[T,
 		line := streamLine{Value: item}
 		if err != nil {
 			if ctx.Err() != nil {
-				return
+				break
 			}
 			line = streamLine{Error: err.Error()}
 		}
@@ -217,6 +217,11 @@ func writeStream[T any](ctx context.Context, hc huma.Context, items iter.Seq2[T,
 			return
 		}
 		flush()
+	}
+	if ctx.Err() != nil {
+		// The reader has gone, or the controller is going: then a clean end
+		// would look as if there were no more to come.
+		panic(http.ErrAbortHandler)
 	}
 }
 
