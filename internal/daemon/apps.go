@@ -4,9 +4,11 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -18,6 +20,7 @@ import (
 	"github.com/remuda-dev/remuda/client"
 	"github.com/remuda-dev/remuda/internal/config"
 	"github.com/remuda-dev/remuda/internal/monitor"
+	"github.com/remuda-dev/remuda/proc"
 	"github.com/remuda-dev/remuda/supervise"
 )
 
@@ -107,7 +110,7 @@ func masked(env map[string]string) map[string]string {
 	}
 	out := make(map[string]string, len(env))
 	for k, v := range env {
-		if config.SecretName(k) && v != "" {
+		if v != "" && (config.SecretName(k) || hasPassword(v)) {
 			v = "********"
 		}
 		out[k] = v
@@ -115,16 +118,36 @@ func masked(env map[string]string) map[string]string {
 	return out
 }
 
+// hasPassword says whether a value is a URL with a password in it.
+func hasPassword(v string) bool {
+	if !strings.Contains(v, "://") || !strings.Contains(v, "@") {
+		return false
+	}
+	u, err := url.Parse(v)
+	if err != nil {
+		return true
+	}
+	_, has := u.User.Password()
+	return has
+}
+
 // Start implements [api.Daemon].
 func (d *Daemon) Start(ctx context.Context, req client.StartRequest) (client.ActResult, error) {
-	begin := time.Now()
-	d.act.Lock()
-	touched, err := d.startLocked(req)
-	d.act.Unlock()
+	w, err := d.startLocked(ctx, req)
 	if err != nil {
 		return client.ActResult{}, err
 	}
-	return client.ActResult{Instances: d.settle(ctx, touched, begin), Warnings: d.unsaved(clusterWarnings(req.Apps))}, nil
+	out := d.settle(ctx, w.touched, w.begin)
+	err = d.discard(ctx, w.surplus)
+	return client.ActResult{Instances: out, Warnings: d.unsaved(clusterWarnings(req.Apps))}, err
+}
+
+// work is what a command has begun and goes on with when others may begin
+// theirs.
+type work struct {
+	begin   time.Time
+	touched []*instance // to be looked at until they have settled
+	surplus []*instance // to be deleted when they have stopped
 }
 
 // clusterWarnings says what is not carried out of cluster mode.
@@ -138,45 +161,100 @@ func clusterWarnings(apps []config.App) []string {
 	return out
 }
 
-func (d *Daemon) startLocked(req client.StartRequest) ([]*instance, error) {
+func (d *Daemon) startLocked(ctx context.Context, req client.StartRequest) (work, error) {
+	d.act.Lock()
+	defer d.act.Unlock()
+	w := work{begin: time.Now()}
 	apps := slices.Clone(req.Apps)
 	if err := d.admit(apps, nil, req.Force); err != nil {
-		return nil, err
+		return w, err
 	}
-	var touched, again []*instance
+	var added, again []*instance
 	for _, spec := range apps {
 		d.mu.Lock()
 		known := d.apps[spec.Name]
 		d.mu.Unlock()
 		if known == nil {
-			added, err := d.add(spec)
-			if err != nil {
-				return nil, err
-			}
-			touched = append(touched, added...)
+			added = append(added, d.add(spec)...)
 			continue
 		}
-		if err := d.change(known, spec); err != nil {
-			return nil, err
+		old := d.instancesOf(known)
+		more, surplus, err := d.change(known, spec, true, true)
+		if err != nil {
+			d.undo(ctx, added)
+			return w, err
 		}
-		for _, i := range d.instancesOf(known) {
-			i.setWant(true)
-			again = append(again, i)
-		}
+		w.touched, w.surplus = append(w.touched, more...), append(w.surplus, surplus...)
+		again = append(again, without(old, surplus)...)
 	}
+	wanted := d.ask(again)
 	if err := d.store.save(); err != nil {
-		return nil, refuse(http.StatusInsufficientStorage, "nothing was started: the state cannot be saved: %v", err)
+		d.undo(ctx, added)
+		for n, i := range again {
+			i.setWant(wanted[n])
+		}
+		return w, refuse(http.StatusInsufficientStorage, "nothing was started: the state cannot be saved: %v", err)
 	}
-	for _, i := range touched {
-		if err := i.sup.Add(d.childSpec(i), i.want); err != nil {
-			return nil, d.notSupervised(i, err)
+	if err := d.supervise(ctx, added); err != nil {
+		return w, err
+	}
+	w.touched = slices.Concat(added, w.touched, again)
+	// PM2's start of what runs is a restart: deploy scripts rely on it.
+	return w, d.begin("start", again)
+}
+
+// without is list less some of it.
+func without(list, less []*instance) []*instance {
+	return slices.DeleteFunc(slices.Clone(list), func(i *instance) bool { return slices.Contains(less, i) })
+}
+
+// ask notes that instances shall run and tells what was noted before. It must
+// be saved before they are begun.
+func (d *Daemon) ask(list []*instance) (before []bool) {
+	for _, i := range list {
+		i.mu.Lock()
+		before = append(before, i.want)
+		i.mu.Unlock()
+		i.setWant(true)
+	}
+	return before
+}
+
+// begin has instances that were asked for run anew. Caller holds d.act.
+func (d *Daemon) begin(cause string, list []*instance) error {
+	d.wakeGroups(list)
+	err := d.each(list, func(s *supervise.Supervisor, names []string) error { return s.Restart(cause, names...) })
+	for _, i := range list {
+		i.mu.Lock()
+		i.asked = false
+		i.mu.Unlock()
+	}
+	return err
+}
+
+// supervise hands new instances to their supervisors. Where one is refused,
+// none of them is kept. Caller holds d.act.
+func (d *Daemon) supervise(ctx context.Context, added []*instance) error {
+	for _, i := range added {
+		i.mu.Lock()
+		want := i.want
+		i.mu.Unlock()
+		if err := i.sup.Add(d.childSpec(i), want); err != nil {
+			d.undo(ctx, added)
+			return d.notSupervised(i, err)
 		}
 	}
-	d.wakeGroups(again)
-	// PM2's start of what runs is a restart: deploy scripts rely on it.
-	return append(touched, again...), d.each(again, func(s *supervise.Supervisor, names []string) error {
-		return s.Restart("start", names...)
-	})
+	return nil
+}
+
+// undo takes back instances that were just added. Caller holds d.act.
+func (d *Daemon) undo(ctx context.Context, added []*instance) {
+	if len(added) == 0 {
+		return
+	}
+	if err := d.forget(ctx, added); err != nil {
+		d.log.Error("taking back what cannot be started", "error", err)
+	}
 }
 
 // admit checks a set of apps against each other and those that are there.
@@ -192,6 +270,9 @@ func (d *Daemon) admit(apps []config.App, groups []config.Group, force bool) err
 		if err := config.Validate(apps[n]); err != nil {
 			return refuse(http.StatusUnprocessableEntity, "%v", err)
 		}
+		if apps[n].Instances < 1 {
+			return refuse(http.StatusUnprocessableEntity, "app %q has %d instances: an app has at least one", apps[n].Name, apps[n].Instances)
+		}
 		if force {
 			apps[n].Name = d.freeName(apps[n].Name)
 		}
@@ -200,9 +281,29 @@ func (d *Daemon) admit(apps []config.App, groups []config.Group, force bool) err
 	if total > maxInstances {
 		return refuse(http.StatusUnprocessableEntity, "%d instances are more than one daemon takes (%d)", total, maxInstances)
 	}
+	all := slices.Clone(groups)
+	for _, g := range d.groups {
+		if !slices.ContainsFunc(groups, func(n config.Group) bool { return n.Name == g.Name }) {
+			all = append(all, g)
+		}
+	}
 	known := func(name string) bool { return d.apps[name] != nil }
-	if err := config.ValidateSet(apps, append(slices.Clone(d.groups), groups...), known); err != nil {
+	if err := config.ValidateSet(apps, all, known); err != nil {
 		return refuse(http.StatusUnprocessableEntity, "%v", err)
+	}
+	in := map[string]string{}
+	for name, a := range d.apps {
+		in[name] = a.spec.Strategy
+	}
+	for _, a := range apps {
+		in[a.Name] = a.Strategy
+	}
+	for _, a := range apps {
+		for _, on := range slices.Sorted(maps.Keys(a.DependsOn)) {
+			if _, ok := sibling(a.Strategy, in[on], all); !ok {
+				return refuse(http.StatusUnprocessableEntity, "app %q of group %q depends on %q, which is outside of that group: let the group's apps depend on each other only, or take one of the two out of its group", a.Name, a.Strategy, on)
+			}
+		}
 	}
 	return nil
 }
@@ -216,18 +317,19 @@ func (d *Daemon) freeName(name string) string {
 }
 
 // add makes an app and its instances; nothing of it is supervised yet.
-func (d *Daemon) add(spec config.App) ([]*instance, error) {
+func (d *Daemon) add(spec config.App) []*instance {
 	d.versions.look(spec)
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	a := &app{spec: spec}
 	d.apps[spec.Name] = a
 	d.order = append(d.order, spec.Name)
 	for n := range spec.Instances {
 		d.addInstance(a, n)
 	}
-	d.timers.set(a)
-	return slices.Clone(a.instances), nil
+	list := slices.Clone(a.instances)
+	d.mu.Unlock()
+	d.timers.set(spec)
+	return list
 }
 
 // addInstance needs d.mu.
@@ -239,14 +341,41 @@ func (d *Daemon) addInstance(a *app, index int) *instance {
 	return i
 }
 
-// change gives an app a new spec, for its next runs. The number of instances
-// is brought in line too; new ones are supervised at once.
-func (d *Daemon) change(a *app, spec config.App) error {
+// change gives an app a new spec, for its next runs; again says that the caller
+// is about to begin those. The number of instances is brought in line too: it
+// returns those that are new, wanted or not, and those that are to go, see
+// scale. Where the spec is refused, all is as before. Caller holds d.act.
+func (d *Daemon) change(a *app, spec config.App, again, want bool) (added, surplus []*instance, err error) {
+	old := a.spec
+	n := spec.Instances
+	spec.Strategy = old.Strategy // see upLocked
+	spec.Instances = old.Instances
+	list := d.respec(a, spec)
+	for done, i := range list {
+		if err := i.sup.Update(d.childSpec(i)); err != nil {
+			d.respec(a, old)
+			for _, j := range list[:done] {
+				_ = j.sup.Update(d.childSpec(j)) // it took that one before
+			}
+			return nil, nil, d.notSupervised(i, err)
+		}
+	}
+	if again {
+		d.mu.Lock()
+		a.gen++
+		for _, i := range a.instances {
+			i.mu.Lock()
+			i.gen = a.gen
+			i.mu.Unlock()
+		}
+		d.mu.Unlock()
+	}
+	return d.scale(a, n, want)
+}
+
+func (d *Daemon) respec(a *app, spec config.App) []*instance {
 	d.versions.look(spec)
 	d.mu.Lock()
-	spec.Strategy = a.spec.Strategy // moving a live child to another supervisor is not done
-	n := spec.Instances
-	spec.Instances = len(a.instances)
 	a.spec = spec
 	for _, i := range a.instances {
 		i.mu.Lock()
@@ -254,15 +383,9 @@ func (d *Daemon) change(a *app, spec config.App) error {
 		i.mu.Unlock()
 	}
 	list := slices.Clone(a.instances)
-	d.timers.set(a)
 	d.mu.Unlock()
-	for _, i := range list {
-		if err := i.sup.Update(d.childSpec(i)); err != nil {
-			return d.notSupervised(i, err)
-		}
-	}
-	_, err := d.scale(a, n)
-	return err
+	d.timers.set(spec)
+	return list
 }
 
 func (d *Daemon) notSupervised(i *instance, err error) error {
@@ -314,29 +437,27 @@ func (d *Daemon) Act(ctx context.Context, req client.ActRequest) (client.ActResu
 			return client.ActResult{}, refuse(http.StatusUnprocessableEntity, "%v", err)
 		}
 	}
+	for k, v := range req.Env {
+		if k == "" || strings.ContainsAny(k, "=\x00") || strings.Contains(v, "\x00") {
+			return client.ActResult{}, refuse(http.StatusUnprocessableEntity, "%s is no variable of an environment", quoted(k))
+		}
+	}
 	chosen, err := d.match(req.Targets)
 	if err != nil {
 		return client.ActResult{}, err
 	}
-	for _, i := range chosen {
-		i.mu.Lock()
-		i.signalOnce = req.Signal
-		i.mu.Unlock()
-	}
-	begin := time.Now()
 	var out []client.Outcome
 	switch req.Verb {
 	case client.VerbStart, client.VerbRestart:
-		out, err = d.restart(ctx, chosen, req, begin)
+		out, err = d.restart(ctx, chosen, req)
 	case client.VerbReload:
 		out, err = d.reload(ctx, chosen, req)
 	case client.VerbStop:
-		out, err = d.stop(ctx, chosen)
+		out, err = d.stop(ctx, chosen, req.Signal)
 	case client.VerbDelete:
-		out, err = d.remove(ctx, chosen)
+		out, err = d.remove(ctx, chosen, req.Signal)
 	case client.VerbReset:
-		err = d.each(chosen, func(s *supervise.Supervisor, names []string) error { return s.Reset(names...) })
-		out = d.outcomes(chosen)
+		out, err = d.reset(chosen)
 	case client.VerbFlush:
 		err = d.logs.Flush(d.logFiles(chosen)...)
 		out = d.outcomes(chosen)
@@ -377,21 +498,93 @@ func (d *Daemon) unsaved(warnings []string) []string {
 	return warnings
 }
 
-func (d *Daemon) restart(ctx context.Context, list []*instance, req client.ActRequest, begin time.Time) ([]client.Outcome, error) {
-	d.act.Lock()
-	d.updateEnv(list, req.Env)
-	for _, i := range list {
-		i.setWant(true)
-	}
-	d.saveOrWarn()
-	cause := string(req.Verb)
-	d.wakeGroups(list)
-	err := d.each(list, func(s *supervise.Supervisor, names []string) error { return s.Restart(cause, names...) })
-	d.act.Unlock()
+func (d *Daemon) restart(ctx context.Context, list []*instance, req client.ActRequest) ([]client.Outcome, error) {
+	w, err := d.restartLocked(list, req)
 	if err != nil {
 		return nil, err
 	}
-	return d.settle(ctx, list, begin), nil
+	return d.settle(ctx, w.touched, w.begin), nil
+}
+
+func (d *Daemon) restartLocked(list []*instance, req client.ActRequest) (work, error) {
+	d.act.Lock()
+	defer d.act.Unlock()
+	list = d.present(list)
+	w := work{begin: time.Now(), touched: list}
+	d.updateEnv(list, req.Env)
+	d.signalNext(list, req.Signal)
+	d.ask(list)
+	d.saveOrWarn()
+	return w, d.begin(string(req.Verb), list)
+}
+
+// has says whether an instance has not been deleted.
+func (d *Daemon) has(i *instance) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.instances[i.id] == i
+}
+
+// present leaves out what was deleted since it was looked up. Caller holds
+// d.act.
+func (d *Daemon) present(list []*instance) []*instance {
+	return slices.DeleteFunc(slices.Clone(list), func(i *instance) bool { return !d.has(i) })
+}
+
+// await waits until each of the instances that is still there has met a
+// condition.
+func (d *Daemon) await(ctx context.Context, list []*instance, until func(supervise.Status) bool) error {
+	return d.each(list, func(s *supervise.Supervisor, names []string) error {
+		for len(names) > 0 {
+			_, err := s.Wait(ctx, until, names...)
+			if !errors.Is(err, supervise.ErrRemoved) && !errors.Is(err, supervise.ErrUnknown) {
+				return err
+			}
+			names = known(s, names)
+		}
+		return nil
+	})
+}
+
+// known are those of names that are children.
+func known(s *supervise.Supervisor, names []string) []string {
+	return slices.DeleteFunc(slices.Clone(names), func(n string) bool {
+		_, ok := s.Status(n)
+		return !ok
+	})
+}
+
+// signalNext has the runs there are stopped with another signal than usual, if
+// one is given.
+func (d *Daemon) signalNext(list []*instance, signal string) {
+	for _, i := range list {
+		st, _ := i.sup.Status(i.name)
+		i.mu.Lock()
+		i.signalOnce = ""
+		if st.Run != nil {
+			i.signalOnce = signal
+		}
+		i.mu.Unlock()
+	}
+}
+
+// reset sets counters to zero, those that the keeper would tell the next
+// controller too.
+func (d *Daemon) reset(list []*instance) ([]client.Outcome, error) {
+	d.act.Lock()
+	defer d.act.Unlock()
+	list = d.present(list)
+	err := d.each(list, func(s *supervise.Supervisor, names []string) error { return s.Reset(names...) })
+	for _, i := range list {
+		i.mu.Lock()
+		r := i.run
+		i.mu.Unlock()
+		if st, _ := i.sup.Status(i.name); r != nil && (st.Run != nil || st.State == supervise.StateBackoff) {
+			r.remember(func(l *label) { l.Restarts, l.Unstable, l.Recent = 0, 0, nil })
+		}
+	}
+	d.saveOrWarn()
+	return d.outcomes(list), err
 }
 
 // saveOrWarn saves; a failure shows as a warning, see unsaved. What is asked
@@ -429,89 +622,122 @@ func (d *Daemon) updateEnv(list []*instance, env map[string]string) {
 }
 
 // reload restarts the instances of each app one after the other; the next one
-// goes only when the one before is back.
+// goes only when the one before is back. Where one does not come back, the
+// others of its app still do their work: they are left alone.
 func (d *Daemon) reload(ctx context.Context, list []*instance, req client.ActRequest) ([]client.Outcome, error) {
 	var out []client.Outcome
-	for n, i := range list {
-		req.Verb = client.VerbReload
-		o, err := d.restart(ctx, []*instance{i}, req, time.Now())
+	failed := map[string]string{}
+	for _, i := range list {
+		if by := failed[i.app]; by != "" {
+			o := d.outcomes([]*instance{i})[0]
+			o.Error = fmt.Sprintf("not reloaded, because %s did not come back", by)
+			out = append(out, o)
+			continue
+		}
+		o, err := d.restart(ctx, []*instance{i}, req)
 		if err != nil {
 			return out, err
 		}
 		out = append(out, o...)
-		if o[0].Error != "" && n+1 < len(list) && list[n+1].app == i.app {
-			// The others still do their work: they are left alone.
-			rest := list[n+1:]
-			for _, j := range rest {
-				o := d.outcomes([]*instance{j})[0]
-				o.Error = fmt.Sprintf("not reloaded, because %s did not come back", i.name)
-				out = append(out, o)
-			}
-			return out, nil
+		if len(o) > 0 && o[0].Error != "" && d.has(i) {
+			failed[i.app] = i.name
 		}
 	}
 	return out, nil
 }
 
-func (d *Daemon) stop(ctx context.Context, list []*instance) ([]client.Outcome, error) {
+// over says that nothing more comes of a stop: it is done, or was overtaken by
+// a start.
+func over(st supervise.Status) bool { return supervise.Ended(st) || st.Wanted }
+
+func (d *Daemon) stop(ctx context.Context, list []*instance, signal string) ([]client.Outcome, error) {
+	list, err := d.stopLocked(list, signal)
+	if err != nil {
+		return nil, err
+	}
+	err = d.await(ctx, list, over)
+	out := d.outcomes(list)
+	for n, i := range list {
+		if st, ok := i.sup.Status(i.name); ok && st.Wanted {
+			out[n].Error = "another command started it again meanwhile"
+		}
+	}
+	return out, err
+}
+
+func (d *Daemon) stopLocked(list []*instance, signal string) ([]*instance, error) {
 	d.act.Lock()
+	defer d.act.Unlock()
+	list = d.present(list)
 	for _, i := range list {
 		i.setWant(false)
 	}
 	d.saveOrWarn()
-	err := d.each(list, func(s *supervise.Supervisor, names []string) error { return s.Stop("stop", names...) })
-	d.act.Unlock()
-	if err != nil {
-		return nil, err
-	}
-	err = d.each(list, func(s *supervise.Supervisor, names []string) error {
-		_, err := s.Wait(ctx, supervise.Ended, names...)
-		return err
-	})
-	return d.outcomes(list), err
+	d.signalNext(list, signal)
+	return list, d.each(list, func(s *supervise.Supervisor, names []string) error { return s.Stop("stop", names...) })
 }
 
-func (d *Daemon) remove(ctx context.Context, list []*instance) ([]client.Outcome, error) {
-	if _, err := d.stop(ctx, list); err != nil {
+func (d *Daemon) remove(ctx context.Context, list []*instance, signal string) ([]client.Outcome, error) {
+	if _, err := d.stop(ctx, list, signal); err != nil {
 		return nil, err
 	}
 	d.act.Lock()
 	defer d.act.Unlock()
+	list = d.present(list)
 	out := d.outcomes(list)
-	if err := d.forget(ctx, list); err != nil {
-		return nil, err
-	}
-	d.saveOrWarn()
-	return out, nil
+	return out, d.forget(ctx, list)
 }
 
-// forget ends the supervision of instances, and of apps that have none left.
+// discard forgets instances that are being stopped, when they have ended.
+// Others may use the daemon meanwhile.
+func (d *Daemon) discard(ctx context.Context, list []*instance) error {
+	if len(list) == 0 {
+		return nil
+	}
+	if err := d.await(ctx, list, over); err != nil {
+		return err
+	}
+	d.act.Lock()
+	defer d.act.Unlock()
+	return d.forget(ctx, d.present(list))
+}
+
+// forget ends the supervision of instances, of apps that have none left and of
+// groups that have no apps left. Caller holds d.act.
 func (d *Daemon) forget(ctx context.Context, list []*instance) error {
-	err := d.each(list, func(s *supervise.Supervisor, names []string) error { return s.Remove(ctx, names...) })
+	err := d.each(list, func(s *supervise.Supervisor, names []string) error { return s.Remove(ctx, known(s, names)...) })
 	if err != nil {
 		return err
 	}
+	var gone []string
+	var ended []proc.Process
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	for _, i := range list {
 		a := d.apps[i.app]
 		delete(d.instances, i.id)
+		i.mu.Lock()
+		ended = append(ended, i.ended...)
+		i.ended = nil
+		i.mu.Unlock()
 		if a == nil {
 			continue
 		}
 		a.instances = slices.DeleteFunc(a.instances, func(j *instance) bool { return j == i })
 		a.spec.Instances = len(a.instances)
 		if len(a.instances) == 0 {
-			d.timers.remove(i.app)
+			gone = append(gone, i.app)
 			delete(d.apps, i.app)
 			d.order = slices.DeleteFunc(d.order, func(n string) bool { return n == i.app })
 		}
-		i.mu.Lock()
-		ended := i.ended
-		i.ended = nil
-		i.mu.Unlock()
-		go release(ended)
 	}
+	d.mu.Unlock()
+	for _, name := range gone {
+		d.timers.remove(name)
+		d.versions.drop(name)
+	}
+	d.dropGroups()
+	d.saveOrWarn()
+	go release(ended)
 	return nil
 }
 
@@ -542,8 +768,21 @@ func (d *Daemon) Signal(_ context.Context, req client.SignalRequest) (client.Act
 
 // Scale implements [api.Daemon].
 func (d *Daemon) Scale(ctx context.Context, req client.ScaleRequest) (client.ActResult, error) {
-	begin := time.Now()
+	a, w, err := d.scaleLocked(req)
+	if err != nil {
+		return client.ActResult{}, err
+	}
+	settled := d.settle(ctx, w.touched, w.begin)
+	if err := d.discard(ctx, w.surplus); err != nil {
+		return client.ActResult{}, err
+	}
+	return client.ActResult{Instances: d.merged(d.instancesOf(a), settled), Warnings: d.unsaved(nil)}, nil
+}
+
+func (d *Daemon) scaleLocked(req client.ScaleRequest) (*app, work, error) {
 	d.act.Lock()
+	defer d.act.Unlock()
+	w := work{begin: time.Now()}
 	d.mu.Lock()
 	a := d.apps[req.App]
 	if a == nil {
@@ -553,20 +792,14 @@ func (d *Daemon) Scale(ctx context.Context, req client.ScaleRequest) (client.Act
 	}
 	d.mu.Unlock()
 	if a == nil {
-		d.act.Unlock()
-		return client.ActResult{}, refuse(http.StatusNotFound, "no app is called %s%s", quoted(req.App), nearest(req.App, d.all()))
+		return nil, w, refuse(http.StatusNotFound, "no app is called %s%s", quoted(req.App), nearest(req.App, d.all()))
 	}
 	n, err := scaleTo(req.To, len(a.instances))
-	var touched []*instance
-	if err == nil {
-		touched, err = d.scale(a, n)
-	}
-	d.act.Unlock()
 	if err != nil {
-		return client.ActResult{}, err
+		return nil, w, err
 	}
-	settled := d.settle(ctx, touched, begin)
-	return client.ActResult{Instances: d.merged(d.instancesOf(a), settled), Warnings: d.unsaved(nil)}, nil
+	w.touched, w.surplus, err = d.scale(a, n, true)
+	return a, w, err
 }
 
 // scaleTo reads "4", "+2", "-1" and "max".
@@ -594,16 +827,16 @@ func scaleTo(s string, now int) (int, error) {
 	return n, nil
 }
 
-// scale adds or takes away instances, the youngest first. It returns those
-// that are new. Caller holds d.act.
-func (d *Daemon) scale(a *app, n int) ([]*instance, error) {
+// scale adds instances, or stops those that are too many, the youngest first.
+// It returns the new ones, which run if want is set, and those that the caller
+// has to discard. Caller holds d.act.
+func (d *Daemon) scale(a *app, n int, want bool) (added, surplus []*instance, err error) {
 	d.mu.Lock()
 	now := len(a.instances)
 	if others := len(d.instances) - now; n+others > maxInstances {
 		d.mu.Unlock()
-		return nil, refuse(http.StatusUnprocessableEntity, "%d instances are more than one daemon takes (%d)", n+others, maxInstances)
+		return nil, nil, refuse(http.StatusUnprocessableEntity, "%d instances are more than one daemon takes (%d)", n+others, maxInstances)
 	}
-	var added, surplus []*instance
 	a.spec.Instances = n
 	for _, i := range a.instances {
 		i.mu.Lock()
@@ -616,133 +849,148 @@ func (d *Daemon) scale(a *app, n int) ([]*instance, error) {
 			next++
 		}
 		i := d.addInstance(a, next)
-		i.want = true
+		i.want = want
 		added = append(added, i)
 	}
 	if n < now {
 		surplus = slices.Clone(a.instances[n:])
 	}
 	d.mu.Unlock()
+	if n == now {
+		return nil, nil, nil
+	}
 	for _, i := range surplus {
 		i.setWant(false)
 	}
-	if err := d.store.save(); err != nil {
-		d.log.Error("state", "error", err)
+	d.saveOrWarn()
+	if err := d.supervise(context.Background(), added); err != nil {
+		return nil, nil, err
 	}
-	for _, i := range added {
-		if err := i.sup.Add(d.childSpec(i), true); err != nil {
-			return added, d.notSupervised(i, err)
-		}
-	}
-	if len(surplus) > 0 {
-		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
-		defer cancel()
-		if err := d.forget(ctx, surplus); err != nil {
-			return added, err
-		}
-		d.saveOrWarn()
-	}
-	return added, nil
+	return added, surplus, d.each(surplus, func(s *supervise.Supervisor, names []string) error { return s.Stop("scale", names...) })
 }
 
 // Up implements [api.Daemon].
 func (d *Daemon) Up(ctx context.Context, req client.UpRequest) (client.ActResult, error) {
-	begin := time.Now()
-	d.act.Lock()
-	changes, touched, err := d.upLocked(ctx, req)
-	d.act.Unlock()
-	if err != nil {
+	changes, w, err := d.upLocked(ctx, req)
+	if err != nil || req.DryRun {
 		return client.ActResult{Changes: changes}, err
 	}
-	res := client.ActResult{Changes: changes}
-	if !req.DryRun {
-		settled := d.settle(ctx, touched, begin)
-		var mine []*instance
-		for _, i := range d.all() {
-			if slices.ContainsFunc(req.Apps, func(a config.App) bool { return a.Name == i.app }) {
-				mine = append(mine, i)
-			}
-		}
-		res.Instances, res.Warnings = d.merged(mine, settled), d.unsaved(clusterWarnings(req.Apps))
+	settled := d.settle(ctx, w.touched, w.begin)
+	if err := d.discard(ctx, w.surplus); err != nil {
+		return client.ActResult{Changes: changes}, err
 	}
-	return res, nil
+	var mine []*instance
+	for _, i := range d.all() {
+		if slices.ContainsFunc(req.Apps, func(a config.App) bool { return a.Name == i.app }) {
+			mine = append(mine, i)
+		}
+	}
+	return client.ActResult{Changes: changes, Instances: d.merged(mine, settled), Warnings: d.unsaved(clusterWarnings(req.Apps))}, nil
 }
 
-func (d *Daemon) upLocked(ctx context.Context, req client.UpRequest) ([]client.Change, []*instance, error) {
+func (d *Daemon) upLocked(ctx context.Context, req client.UpRequest) ([]client.Change, work, error) {
+	d.act.Lock()
+	defer d.act.Unlock()
+	w := work{begin: time.Now()}
 	if err := d.admit(req.Apps, req.Groups, false); err != nil {
-		return nil, nil, err
+		return nil, w, err
 	}
-	changes, gone, err := d.compare(req)
+	changes, gone, moved, err := d.compare(req)
 	if err != nil || req.DryRun {
-		return changes, nil, err
+		return changes, w, err
 	}
-	d.mu.Lock()
-	for _, g := range req.Groups {
-		if at := slices.IndexFunc(d.groups, func(o config.Group) bool { return o.Name == g.Name }); at < 0 {
-			d.groups = append(d.groups, g)
+	// A live child cannot be moved to another supervisor: those that move are
+	// made anew.
+	was := map[string][]bool{}
+	var moving []*instance
+	for name := range moved {
+		d.mu.Lock()
+		for _, i := range d.apps[name].instances {
+			i.mu.Lock()
+			was[name] = append(was[name], i.want)
+			i.mu.Unlock()
+			moving = append(moving, i)
 		}
+		d.mu.Unlock()
 	}
-	d.makeGroups(d.groups)
-	d.mu.Unlock()
-	if len(gone) > 0 {
-		for _, i := range gone {
-			i.setWant(false)
-		}
-		if err := d.forget(ctx, gone); err != nil {
-			return changes, nil, err
-		}
+	if err := d.forget(ctx, moving); err != nil {
+		return changes, w, err
 	}
-	var touched, added, again []*instance
+	gone = d.present(gone) // but for those that were in a group that changes
+	d.addGroups(req.Groups)
+	for _, i := range gone {
+		i.setWant(false)
+	}
+	var added, again []*instance
 	for n, spec := range req.Apps {
 		d.mu.Lock()
 		known := d.apps[spec.Name]
 		d.mu.Unlock()
-		switch changes[n].Action {
-		case "add":
-			list, err := d.add(spec)
-			if err != nil {
-				return changes, nil, err
-			}
-			added = append(added, list...)
-		case "change", "scale":
-			before := known.spec
-			old := d.instancesOf(known)
-			if err := d.change(known, spec); err != nil {
-				return changes, nil, err
-			}
-			if needsNewRun(before, spec) {
-				for _, i := range d.instancesOf(known) {
-					if slices.Contains(old, i) {
-						again = append(again, i)
-					}
+		switch action := changes[n].Action; {
+		case known == nil:
+			list := d.add(spec)
+			for k, i := range list {
+				if k < len(was[spec.Name]) && was[spec.Name][k] {
+					i.setWant(true)
 				}
 			}
-		case "start":
-			again = append(again, d.instancesOf(known)...)
+			added = append(added, list...)
+		case action == "change", action == "scale":
+			old := d.instancesOf(known)
+			renew := action == "change" && needsNewRun(known.spec, spec)
+			more, surplus, err := d.change(known, spec, renew, spec.Autostart)
+			if err != nil {
+				d.undo(ctx, added)
+				return changes, w, err
+			}
+			w.touched, w.surplus = append(w.touched, more...), append(w.surplus, surplus...)
+			for _, i := range without(old, surplus) {
+				if i.wanted() && renew || !i.wanted() && spec.Autostart {
+					again = append(again, i)
+				}
+			}
+		case action == "start":
+			for _, i := range d.instancesOf(known) {
+				if !i.wanted() {
+					again = append(again, i)
+				}
+			}
 		}
 	}
-	for _, i := range again {
-		i.setWant(true)
-	}
+	wanted := d.ask(again)
 	if err := d.store.save(); err != nil {
-		return changes, nil, refuse(http.StatusInsufficientStorage, "nothing new was started: the state cannot be saved: %v", err)
-	}
-	for _, i := range added {
-		if err := i.sup.Add(d.childSpec(i), i.want); err != nil {
-			return changes, nil, d.notSupervised(i, err)
+		d.undo(ctx, added)
+		for n, i := range again {
+			i.setWant(wanted[n])
 		}
+		return changes, w, refuse(http.StatusInsufficientStorage, "nothing new was started: the state cannot be saved: %v", err)
 	}
-	touched = slices.Concat(added, again)
-	d.wakeGroups(again)
-	return changes, touched, d.each(again, func(s *supervise.Supervisor, names []string) error { return s.Restart("up", names...) })
+	if err := d.each(gone, func(s *supervise.Supervisor, names []string) error { return s.Stop("up", names...) }); err != nil {
+		return changes, w, err
+	}
+	if err := d.supervise(ctx, added); err != nil {
+		return changes, w, err
+	}
+	w.touched = slices.Concat(added, w.touched, again)
+	w.surplus = append(w.surplus, gone...)
+	return changes, w, d.begin("up", again)
+}
+
+func (i *instance) wanted() bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.want
 }
 
 // compare finds what up has to do: one change for each app of the request, in
-// its order, then one for each that is to go.
-func (d *Daemon) compare(req client.UpRequest) (changes []client.Change, gone []*instance, err error) {
+// its order, then one for each that is to go. moved are the apps that come
+// under another supervisor.
+func (d *Daemon) compare(req client.UpRequest) (changes []client.Change, gone []*instance, moved map[string]bool, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	wanted := map[string]bool{}
+	moved = map[string]bool{}
+	groups := d.changedGroups(req.Groups)
 	for _, spec := range req.Apps {
 		wanted[spec.Name] = true
 		c := client.Change{App: spec.Name, Action: "add"}
@@ -752,13 +1000,24 @@ func (d *Daemon) compare(req client.UpRequest) (changes []client.Change, gone []
 				if a.spec.Source != "" {
 					from = a.spec.Source
 				}
-				return nil, nil, refuse(http.StatusConflict, "app %q runs already, from %s: delete it there or choose another name", spec.Name, from)
+				return nil, nil, nil, refuse(http.StatusConflict, "app %q runs already, from %s: delete it there or choose another name", spec.Name, from)
 			}
-			c.Action, c.Fields = "none", config.Diff(a.spec, spec)
-			same := a.spec
+			is := a.spec
+			is.Instances = len(a.instances)
+			c.Action, c.Fields = "none", config.Diff(is, spec)
+			if why := groups[a.spec.Strategy]; why != "" {
+				c.Fields = append(c.Fields, why)
+				moved[spec.Name] = true
+			}
+			if a.spec.Strategy != spec.Strategy {
+				moved[spec.Name] = true
+			}
+			same := is
 			same.Instances = spec.Instances
 			switch {
-			case len(c.Fields) == 0 && spec.Autostart && slices.ContainsFunc(a.instances, func(i *instance) bool { return !i.want }):
+			case moved[spec.Name]:
+				c.Action = "change"
+			case len(c.Fields) == 0 && spec.Autostart && slices.ContainsFunc(a.instances, func(i *instance) bool { return !i.wanted() }):
 				c.Action, c.Fields = "start", []string{"it is stopped"}
 			case len(c.Fields) == 0:
 			case len(config.Diff(same, spec)) == 0:
@@ -770,12 +1029,17 @@ func (d *Daemon) compare(req client.UpRequest) (changes []client.Change, gone []
 		changes = append(changes, c)
 	}
 	for _, name := range d.order {
-		if a := d.apps[name]; a.spec.Source == req.Source && req.Source != "" && !wanted[name] {
+		a := d.apps[name]
+		if a.spec.Source == req.Source && req.Source != "" && !wanted[name] {
 			changes = append(changes, client.Change{App: name, Action: "remove"})
 			gone = append(gone, a.instances...)
+			moved[name] = groups[a.spec.Strategy] != ""
+		} else if why := groups[a.spec.Strategy]; why != "" && !wanted[name] {
+			return nil, nil, nil, refuse(http.StatusConflict, "app %q, which is not of this file, is in a group that would change (%s): give the group another name", name, why)
 		}
 	}
-	return changes, gone, nil
+	maps.DeleteFunc(moved, func(_ string, is bool) bool { return !is })
+	return changes, gone, moved, nil
 }
 
 // needsNewRun says whether a change shows only in a new process.
@@ -800,7 +1064,7 @@ func (d *Daemon) Down(ctx context.Context, source string) (client.ActResult, err
 	if source == "" || len(mine) == 0 {
 		return client.ActResult{}, refuse(http.StatusNotFound, "nothing runs from %s", quoted(source))
 	}
-	out, err := d.remove(ctx, mine)
+	out, err := d.remove(ctx, mine, "")
 	return client.ActResult{Instances: out, Warnings: d.unsaved(nil)}, err
 }
 
@@ -821,7 +1085,6 @@ func (d *Daemon) Save(_ context.Context, force bool) (client.Saved, error) {
 
 // Resurrect implements [api.Daemon].
 func (d *Daemon) Resurrect(ctx context.Context) (client.ActResult, error) {
-	begin := time.Now()
 	st, err := readState(d.dumpPath())
 	if os.IsNotExist(err) {
 		return client.ActResult{}, refuse(http.StatusNotFound, "nothing was saved: %s is not there; `remuda save` writes it", d.dumpPath())
@@ -829,16 +1092,19 @@ func (d *Daemon) Resurrect(ctx context.Context) (client.ActResult, error) {
 	if err != nil {
 		return client.ActResult{}, refuse(http.StatusUnprocessableEntity, "%v", err)
 	}
-	d.act.Lock()
-	d.mu.Lock()
-	for _, g := range st.Groups {
-		if !slices.ContainsFunc(d.groups, func(o config.Group) bool { return o.Name == g.Name }) {
-			d.groups = append(d.groups, g)
-		}
+	w, known, err := d.resurrectLocked(ctx, st)
+	if err != nil {
+		return client.ActResult{}, err
 	}
-	d.makeGroups(d.groups)
-	d.mu.Unlock()
-	var added, known []*instance
+	return client.ActResult{Instances: append(d.settle(ctx, w.touched, w.begin), d.outcomes(known)...), Warnings: d.unsaved(nil)}, nil
+}
+
+func (d *Daemon) resurrectLocked(ctx context.Context, st state) (w work, known []*instance, err error) {
+	d.act.Lock()
+	defer d.act.Unlock()
+	w.begin = time.Now()
+	var fresh []appState
+	var specs []config.App
 	for _, as := range st.Apps {
 		d.mu.Lock()
 		a := d.apps[as.Spec.Name]
@@ -847,29 +1113,26 @@ func (d *Daemon) Resurrect(ctx context.Context) (client.ActResult, error) {
 			known = append(known, d.instancesOf(a)...)
 			continue
 		}
-		list, err := d.add(as.Spec)
-		if err != nil {
-			d.act.Unlock()
-			return client.ActResult{}, err
-		}
+		fresh, specs = append(fresh, as), append(specs, as.Spec)
+	}
+	if len(fresh) == 0 {
+		return w, known, nil
+	}
+	if err := d.admit(specs, st.Groups, false); err != nil {
+		return w, nil, err
+	}
+	d.addGroups(st.Groups)
+	for _, as := range fresh {
+		list := d.add(as.Spec)
 		for n, i := range list {
 			if n < len(as.Instances) {
-				i.want = as.Instances[n].Run
+				i.setWant(as.Instances[n].Run)
 			}
 		}
-		added = append(added, list...)
+		w.touched = append(w.touched, list...)
 	}
 	d.saveOrWarn()
-	for _, i := range added {
-		if err == nil {
-			err = i.sup.Add(d.childSpec(i), i.want)
-		}
-	}
-	d.act.Unlock()
-	if err != nil {
-		return client.ActResult{}, err
-	}
-	return client.ActResult{Instances: append(d.settle(ctx, added, begin), d.outcomes(known)...), Warnings: d.unsaved(nil)}, nil
+	return w, known, d.supervise(ctx, w.touched)
 }
 
 // Upgrade implements [api.Daemon].
@@ -902,10 +1165,14 @@ func packageVersion(cwd, script string) string {
 		dir = filepath.Dir(script)
 	}
 	for range 3 {
-		b, err := os.ReadFile(filepath.Join(dir, "package.json"))
-		if err == nil {
+		path := filepath.Join(dir, "package.json")
+		if st, err := os.Stat(path); err == nil { // which may be anything
+			if !st.Mode().IsRegular() || st.Size() > 1<<20 {
+				return ""
+			}
+			b, err := os.ReadFile(path)
 			var p struct{ Version string }
-			if len(b) > 1<<20 || json.Unmarshal(b, &p) != nil || len(p.Version) > 64 {
+			if err != nil || json.Unmarshal(b, &p) != nil || len(p.Version) > 64 {
 				return ""
 			}
 			return p.Version

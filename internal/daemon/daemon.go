@@ -17,6 +17,8 @@ import (
 	"fmt"
 	"hash/fnv"
 	"log/slog"
+	"maps"
+	"net"
 	"net/http"
 	"os"
 	"os/signal"
@@ -25,6 +27,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -83,6 +86,9 @@ type Daemon struct {
 	sups      map[string]*supervise.Supervisor // by group, "" is the root
 	warnings  []string
 
+	strays   atomic.Int32  // sd_notify messages that fit nothing yet
+	ending   atomic.Bool   // the daemon was asked to end with everything
+	frozen   atomic.Bool   // what shall run is not to change any more
 	quit     chan struct{} // closed when the controller shall end and leave the rest as it is
 	quitOnce sync.Once
 }
@@ -96,7 +102,8 @@ type inventoryFacts struct {
 
 type app struct {
 	spec      config.App
-	instances []*instance // by index
+	gen       int         // grows with each spec that calls for new runs
+	instances []*instance // as they were added
 }
 
 // Tag names a home folder in cgroups and environments.
@@ -196,7 +203,7 @@ func newDaemon(o Options, k *keeper.Client, inv *keeper.Inventory) (*Daemon, err
 	if d.logs, err = logs.New(logs.Options{OnTrouble: d.onTrouble, Relay: d.relay, Unrelay: d.unrelay}); err != nil {
 		return nil, err
 	}
-	d.store = newStore(filepath.Join(o.Home, "state.json"), d.snapshot)
+	d.store = newStore(filepath.Join(o.Home, "state.json"), d.snapshot, d.over)
 	d.timers = newTimers(d)
 	d.sups[""] = supervise.New(supervise.Options{OnChange: d.changed})
 	d.restore(st, inv)
@@ -218,11 +225,16 @@ func (d *Daemon) serve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	// Streams end with it, so that a follower does not hold up the end.
+	streams, endStreams := context.WithCancel(ctx)
+	defer endStreams()
 	srv := &http.Server{
 		Handler:           d.noticing(api.Handler(d, d.version)),
+		BaseContext:       func(net.Listener) context.Context { return streams },
 		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    64 << 10,
-		ErrorLog:          slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
+		ErrorLog:          slog.NewLogLogger(d.log.Handler(), slog.LevelError),
 	}
 	served := make(chan error, 1)
 	count := len(d.instances) // from here on it is shared
@@ -239,8 +251,13 @@ func (d *Daemon) serve(ctx context.Context) error {
 			return fmt.Errorf("the API cannot be served: %w", err)
 		case <-d.gone:
 			l.Close()
+			if d.ending.Load() {
+				endStreams()
+				return d.afterEnd(ctx, srv)
+			}
 			return d.afterKeeper()
 		case <-d.quit:
+			endStreams()
 			return d.leave(srv)
 		case s := <-signals:
 			if s == syscall.SIGTERM || s == syscall.SIGINT {
@@ -257,13 +274,45 @@ func (d *Daemon) leave(srv *http.Server) error {
 	defer cancel()
 	_ = srv.Shutdown(ctx) // lets the answer to the call that ended us go out
 	d.timers.stop()
-	for _, s := range d.supervisors() {
+	d.detach(ctx)
+	_ = d.logs.Close(ctx)
+	return nil
+}
+
+// detach ends supervision and leaves what runs alone.
+func (d *Daemon) detach(ctx context.Context) {
+	d.mu.Lock()
+	sups := slices.Collect(maps.Values(d.sups))
+	d.mu.Unlock()
+	for _, s := range sups {
 		if _, err := s.Detach(ctx); err != nil {
 			d.log.Warn("letting go of the runs", "error", err)
 		}
 	}
-	_ = d.logs.Close(ctx)
-	return nil
+}
+
+// over says that what stops now does so only because the daemon ends: the state
+// file stays as it is.
+func (d *Daemon) over() bool {
+	select {
+	case <-d.gone:
+		return true
+	default:
+		return d.frozen.Load()
+	}
+}
+
+// afterEnd is what becomes of a daemon that was asked to end when its keeper is
+// gone: as a rule that has just been told to.
+func (d *Daemon) afterEnd(ctx context.Context, srv *http.Server) error {
+	select {
+	case <-d.quit:
+	case <-time.After(time.Second):
+		if _, err := proc.Sweep(ctx, Tag(d.home)); err != nil {
+			d.log.Error("the keeper is gone and its processes cannot be ended", "error", err)
+		}
+	}
+	return d.leave(srv)
 }
 
 // afterKeeper is what becomes of everything when the keeper was killed: no one
@@ -274,6 +323,7 @@ func (d *Daemon) afterKeeper() error {
 	d.timers.stop()
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
+	d.detach(ctx) // starts under way fail at once, as there is no keeper
 	if _, err := proc.Sweep(ctx, Tag(d.home)); err != nil {
 		return fmt.Errorf("the keeper is gone and its processes cannot be ended: %w", err)
 	}
@@ -288,6 +338,11 @@ func (d *Daemon) afterKeeper() error {
 // started again by the next daemon.
 func (d *Daemon) endAll(ctx context.Context, forget bool) {
 	d.act.Lock() // for good
+	d.ending.Store(true)
+	if !forget {
+		d.saveOrWarn()
+		d.frozen.Store(true)
+	}
 	_ = d.keeper.Stopping(ctx)
 	d.timers.stop()
 	if forget {
@@ -304,10 +359,8 @@ func (d *Daemon) endAll(ctx context.Context, forget bool) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	for _, s := range d.supervisors() {
-		if err := s.Shutdown(ctx); err != nil {
-			d.log.Warn("stopping everything", "error", err)
-		}
+	if err := d.supervisorOf("").Shutdown(ctx); err != nil { // its groups with it
+		d.log.Warn("stopping everything", "error", err)
 	}
 	d.mu.Lock()
 	if forget {
@@ -325,13 +378,6 @@ func (d *Daemon) endAll(ctx context.Context, forget bool) {
 	d.quitOnce.Do(func() { close(d.quit) })
 }
 
-// supervisors lists the outermost first.
-func (d *Daemon) supervisors() []*supervise.Supervisor {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return []*supervise.Supervisor{d.sups[""]}
-}
-
 // restore brings back what shall run, joined with what does.
 func (d *Daemon) restore(st state, inv *keeper.Inventory) {
 	running := map[int][]adoptee{}
@@ -347,15 +393,15 @@ func (d *Daemon) restore(st state, inv *keeper.Inventory) {
 	for _, s := range inv.Stored {
 		relays[s.Name] = s.File
 	}
-	d.groups = st.Groups
-	d.makeGroups(st.Groups)
+	d.addGroups(st.Groups)
 	type pair struct {
 		i *instance
 		s instanceState
 	}
 	var all []pair
+	d.mu.Lock() // for the reports of the groups
 	for _, as := range st.Apps {
-		a := &app{spec: as.Spec}
+		a := &app{spec: as.Spec, gen: as.Gen}
 		d.apps[as.Spec.Name] = a
 		d.order = append(d.order, as.Spec.Name)
 		d.versions.look(as.Spec)
@@ -366,12 +412,20 @@ func (d *Daemon) restore(st state, inv *keeper.Inventory) {
 			all = append(all, pair{i, is})
 		}
 	}
+	d.mu.Unlock()
 	for _, p := range all {
 		spec := p.i.child()
 		spec.DependsOn = d.dependencies(p.i.spec)
-		spec.Adopt = d.adopt(p.i, p.s, running[p.i.id], relays)
+		var older bool
+		spec.Adopt, older = d.adopt(p.i, p.s, running[p.i.id], relays)
 		delete(running, p.i.id)
-		if err := p.i.sup.Add(spec, p.i.want); err != nil {
+		err := p.i.sup.Add(spec, p.i.want)
+		if err == nil && older && p.i.want {
+			// The controller before was killed between saving the spec and
+			// the restart that was to follow.
+			err = p.i.sup.Restart("up", p.i.name)
+		}
+		if err != nil {
 			d.warnings = append(d.warnings, err.Error())
 			d.log.Error("cannot supervise", "instance", p.i.name, "error", err)
 		}
@@ -386,7 +440,7 @@ func (d *Daemon) restore(st state, inv *keeper.Inventory) {
 		}
 	}
 	for _, name := range d.order {
-		d.timers.set(d.apps[name])
+		d.timers.set(d.apps[name].spec)
 	}
 }
 
@@ -412,19 +466,19 @@ func endStranger(a adoptee) {
 
 // adopt makes what the supervisor must know of an instance that lived before
 // this controller: its latest run where the keeper has one, else how it had
-// ended.
-func (d *Daemon) adopt(i *instance, s instanceState, runs []adoptee, relays map[string]*os.File) *supervise.Adoption {
+// ended. older says that the run is of an earlier spec than the app now has.
+func (d *Daemon) adopt(i *instance, s instanceState, runs []adoptee, relays map[string]*os.File) (ad *supervise.Adoption, older bool) {
 	slices.SortFunc(runs, func(a, b adoptee) int { return int(min(max(a.label.Began-b.label.Began, -1), 1)) })
-	ad := &supervise.Adoption{State: supervise.State(s.State), Reason: s.Reason, Restarts: s.Restarts}
+	ad = &supervise.Adoption{State: supervise.State(s.State), Reason: s.Reason, Restarts: s.Restarts}
 	ad.LastExit = exitFrom(s.LastExit)
 	if len(runs) == 0 {
-		return ad
+		return ad, false
 	}
 	for _, old := range runs[:len(runs)-1] {
 		go endStranger(old)
 	}
 	last := runs[len(runs)-1]
-	r := newRun(i, i.spec, last.Process)
+	r := newRun(i, i.spec, last.Process, last.label.Ready)
 	kept := descriptors{out: last.Files[keptOut], err: last.Files[keptErr], ipc: last.Files[keptIPC], adopted: true}
 	for stream, f := range map[string]**os.File{logs.Out: &kept.outRelay, logs.Err: &kept.errRelay} {
 		name := relayName(i.id, stream)
@@ -442,7 +496,7 @@ func (d *Daemon) adopt(i *instance, s instanceState, runs []adoptee, relays map[
 		ad.Recent = append(ad.Recent, time.UnixMilli(ms))
 	}
 	go r.follow()
-	return ad
+	return ad, last.label.Gen < i.gen
 }
 
 // exitFrom turns round exitOf.
@@ -454,7 +508,7 @@ func exitFrom(e *client.Exit) *supervise.Exit {
 }
 
 func (d *Daemon) newInstance(a *app, id, index int) *instance {
-	i := &instance{d: d, id: id, app: a.spec.Name, index: index, created: time.Now(), name: fmt.Sprintf("%s:%d", a.spec.Name, index), spec: a.spec}
+	i := &instance{d: d, id: id, app: a.spec.Name, index: index, created: time.Now(), name: fmt.Sprintf("%s:%d", a.spec.Name, index), spec: a.spec, gen: a.gen}
 	i.sup = d.sups[a.spec.Strategy]
 	if i.sup == nil {
 		i.sup = d.sups[""]
@@ -490,12 +544,33 @@ func (d *Daemon) onTrouble(t logs.Trouble) {
 	}
 }
 
-// notified takes an sd_notify message of a program, by whoever of its run sent
-// it.
+// notified takes an sd_notify message of a program. It may come before the
+// keeper's answer that the program was started has been dealt with, so one that
+// fits nothing is looked at a few times more.
 func (d *Daemon) notified(m probe.Message) {
-	if m.Fields["READY"] != "1" {
+	if m.Fields["READY"] != "1" || d.toldReady(m.PID) {
 		return
 	}
+	if d.strays.Add(1) > maxStrays {
+		d.strays.Add(-1)
+		return
+	}
+	go func() {
+		defer d.strays.Add(-1)
+		for range 10 {
+			time.Sleep(100 * time.Millisecond)
+			if d.toldReady(m.PID) {
+				return
+			}
+		}
+	}()
+}
+
+// maxStrays bounds how many messages that fit nothing are held at a time.
+const maxStrays = 100
+
+// toldReady passes word on to whoever's run the process is in.
+func (d *Daemon) toldReady(pid int) bool {
 	d.mu.Lock()
 	var waiting []*run
 	for _, i := range d.instances {
@@ -507,17 +582,18 @@ func (d *Daemon) notified(m probe.Message) {
 	}
 	d.mu.Unlock()
 	for _, r := range waiting {
-		if r.proc.ID().PID == m.PID {
+		if r.proc.ID().PID == pid {
 			tell(r.notifyReady)
-			return
+			return true
 		}
 	}
 	for _, r := range waiting {
-		if pids, err := r.proc.Members(); err == nil && slices.Contains(pids, m.PID) {
+		if pids, err := r.proc.Members(); err == nil && slices.Contains(pids, pid) {
 			tell(r.notifyReady)
-			return
+			return true
 		}
 	}
+	return false
 }
 
 // snapshot is the state as it is to be written.
@@ -527,7 +603,7 @@ func (d *Daemon) snapshot() state {
 	st := state{Version: stateVersion, NextID: d.nextID, Groups: d.groups}
 	for _, name := range d.order {
 		a := d.apps[name]
-		as := appState{Spec: a.spec}
+		as := appState{Spec: a.spec, Gen: a.gen}
 		for _, i := range a.instances {
 			as.Instances = append(as.Instances, i.record())
 		}

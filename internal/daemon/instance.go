@@ -30,8 +30,9 @@ type instance struct {
 
 	mu         sync.Mutex
 	spec       config.App
+	gen        int            // of the spec
 	want       bool           // it shall run
-	asked      bool           // … and its start was asked for but has not begun
+	asked      bool           // … and its supervisor has not been told yet
 	run        *run           // the latest, nil before the first
 	ended      []proc.Process // runs whose end is not on record yet: the keeper holds them till then
 	lastErr    []string
@@ -166,9 +167,6 @@ func (i *instance) changed(st supervise.Status) {
 	if st.Removed {
 		return
 	}
-	i.mu.Lock()
-	i.asked = false
-	i.mu.Unlock()
 	text := string(st.State)
 	if st.Reason != "" {
 		text += ": " + st.Reason
@@ -228,6 +226,12 @@ func (v *packageVersions) of(a *config.App) string {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return v.m[a.Name]
+}
+
+func (v *packageVersions) drop(name string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	delete(v.m, name)
 }
 
 func (v *packageVersions) look(a config.App) {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/remuda-dev/remuda/client"
 	"github.com/remuda-dev/remuda/internal/config"
+	"github.com/remuda-dev/remuda/internal/keeper"
 	"github.com/remuda-dev/remuda/internal/logs"
 	"github.com/remuda-dev/remuda/internal/nodeipc"
 	"github.com/remuda-dev/remuda/internal/probe"
@@ -53,19 +54,24 @@ type label struct {
 	Recent   []int64 `json:"recent,omitempty"` // Unix milliseconds
 
 	LastExit *client.Exit `json:"last_exit,omitempty"` // of the run before
+
+	Gen   int  `json:"gen,omitempty"`   // of the app's spec
+	Ready bool `json:"ready,omitempty"` // it has said so, and will not again
 }
 
 // run is one life of an instance's process. It implements [supervise.Run].
 type run struct {
 	inst     *instance
 	spec     config.App // as it was at the start
-	proc     proc.Process
+	proc     *keeper.Process
 	out, err *logs.Capture
 	ipc      *nodeipc.Channel // nil where the program is not Node
 
 	ready  chan struct{}
 	done   chan struct{}
 	killed chan struct{} // closed when what is left must go at once
+
+	labels sync.Mutex // one change of the label after the other
 
 	mu          sync.Mutex
 	cause       string // why it was ended, "" while nobody asked for that
@@ -75,9 +81,14 @@ type run struct {
 	ipcReady, notifyReady chan struct{} // nil unless the probe waits for them
 }
 
-// newRun makes a run of what lives in the keeper already.
-func newRun(i *instance, spec config.App, p proc.Process) *run {
+// newRun makes a run of what lives in the keeper already. ready says that
+// nothing has to be waited for.
+func newRun(i *instance, spec config.App, p *keeper.Process, ready bool) *run {
 	r := &run{inst: i, spec: spec, proc: p, ready: make(chan struct{}), done: make(chan struct{}), killed: make(chan struct{})}
+	if ready || spec.Ready.Type == "none" || spec.Ready.Type == "" {
+		close(r.ready)
+		return r
+	}
 	switch spec.Ready.Type {
 	case "ipc":
 		r.ipcReady = make(chan struct{}, 1)
@@ -90,9 +101,9 @@ func newRun(i *instance, spec config.App, p proc.Process) *run {
 // Start implements [supervise.Child].
 func (i *instance) Start(ctx context.Context, a supervise.Attempt) (supervise.Run, error) {
 	i.mu.Lock()
-	spec := i.spec
+	spec, gen := i.spec, i.gen
 	i.mu.Unlock()
-	r, err := i.spawn(ctx, spec, a)
+	r, err := i.spawn(ctx, spec, gen, a)
 	if err != nil {
 		i.d.event(i, "app.start-failed", 0, err.Error())
 		return nil, err
@@ -114,7 +125,7 @@ func release(ended []proc.Process) {
 	}
 }
 
-func (i *instance) spawn(ctx context.Context, spec config.App, a supervise.Attempt) (_ *run, err error) {
+func (i *instance) spawn(ctx context.Context, spec config.App, gen int, a supervise.Attempt) (_ *run, err error) {
 	ps := proc.Spec{Key: i.key(), Args: spec.Command, Dir: spec.Cwd}
 	if ps.Credential, err = credential(spec); err != nil {
 		return nil, err
@@ -171,14 +182,19 @@ func (i *instance) spawn(ctx context.Context, spec config.App, a supervise.Attem
 		env = append(env, nodeipc.Env(len(ps.Files)-1)...)
 	}
 	ps.Env = env
-	if ps.Label, err = i.label(a); err != nil {
+	if ps.Label, err = i.label(a, gen); err != nil {
 		return nil, err
 	}
-	p, err := i.d.keeper.Spawn(ctx, ps)
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	// Once the keeper has the order it is waited for, also where the start is
+	// no longer wanted: the next one could otherwise find this one in its way.
+	p, err := i.d.keeper.Spawn(context.WithoutCancel(ctx), ps)
 	if err != nil {
 		return nil, err
 	}
-	r := newRun(i, spec, p)
+	r := newRun(i, spec, p.(*keeper.Process), false)
 	r.attach(descriptors{out: outR, err: errR, ipc: channel})
 	mine = nil
 	return r, nil
@@ -264,9 +280,9 @@ func tell(ch chan struct{}) {
 func (r *run) follow() {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	if r.spec.Ready.Type == "none" || r.spec.Ready.Type == "" {
-		close(r.ready)
-	} else {
+	select {
+	case <-r.ready:
+	default:
 		go r.probe(ctx)
 	}
 	<-r.proc.Done()
@@ -298,7 +314,28 @@ func (r *run) probe(ctx context.Context) {
 		_ = r.inst.sup.Fail(err.Error(), r.inst.name)
 		return
 	}
+	r.remember(func(l *label) { l.Ready = true })
 	close(r.ready)
+}
+
+// remember changes what the keeper tells later controllers of the run.
+func (r *run) remember(change func(*label)) {
+	r.labels.Lock()
+	defer r.labels.Unlock()
+	var l label
+	err := json.Unmarshal(r.proc.Label(), &l)
+	if err == nil {
+		change(&l)
+		var b []byte
+		if b, err = json.Marshal(l); err == nil {
+			ctx, cancel := context.WithTimeout(context.Background(), keeperWait)
+			defer cancel()
+			err = r.proc.SetLabel(ctx, b)
+		}
+	}
+	if err != nil {
+		r.inst.d.log.Warn("another controller will know less of this run", "instance", r.inst.name, "error", err)
+	}
 }
 
 func (r *run) lines(f func(string)) (cancel func()) {
@@ -433,8 +470,8 @@ func (r *run) Kill(cause string) {
 	}()
 }
 
-func (i *instance) label(a supervise.Attempt) ([]byte, error) {
-	l := label{ID: i.id, App: i.app, Began: time.Now().UnixNano(), Restarts: a.Restarts}
+func (i *instance) label(a supervise.Attempt, gen int) ([]byte, error) {
+	l := label{ID: i.id, App: i.app, Began: time.Now().UnixNano(), Restarts: a.Restarts, Gen: gen}
 	if st, ok := i.sup.Status(i.name); ok {
 		l.Unstable, l.LastExit = st.Unstable, exitOf(st.LastExit)
 		for _, t := range st.Recent {

@@ -27,8 +27,10 @@ const (
 // dies in its first moments is reported by the command that started it.
 func (d *Daemon) settle(ctx context.Context, list []*instance, begin time.Time) []client.Outcome {
 	most := settleMost
-	for _, i := range list {
+	asked := make([]bool, len(list))
+	for n, i := range list {
 		i.mu.Lock()
+		asked[n] = i.want
 		most = max(most, settleMost+i.spec.Ready.Timeout.Std()+i.spec.Stop.Grace.Std())
 		i.mu.Unlock()
 	}
@@ -43,16 +45,13 @@ func (d *Daemon) settle(ctx context.Context, list []*instance, begin time.Time) 
 		}
 		return failedSince(st, begin)
 	}
-	_ = d.each(list, func(s *supervise.Supervisor, names []string) error {
-		_, _ = s.Wait(ctx, arrived, names...) // who has not arrived is told below
-		return nil
-	})
+	late := d.await(ctx, list, arrived) != nil
 	d.rest(ctx, list, begin)
 
 	out := d.outcomes(list)
 	for n, i := range list {
 		st, ok := i.sup.Status(i.name)
-		if !ok {
+		if !ok || !d.has(i) {
 			out[n].Error = "was deleted meanwhile"
 			continue
 		}
@@ -60,8 +59,11 @@ func (d *Daemon) settle(ctx context.Context, list []*instance, begin time.Time) 
 		wanted := i.want
 		lastErr := i.lastErr
 		i.mu.Unlock()
-		if wanted {
-			out[n].Error = verdict(st, begin)
+		switch {
+		case wanted:
+			out[n].Error = verdict(st, begin, late)
+		case asked[n]:
+			out[n].Error = "was stopped meanwhile"
 		}
 		if out[n].Error != "" {
 			out[n].LastErr = lastErr
@@ -86,8 +88,8 @@ func asked(cause string) bool {
 }
 
 // verdict says what is wrong with a child that should have come up, "" where
-// nothing is.
-func verdict(st supervise.Status, begin time.Time) string {
+// nothing is. Unless it is late, what is under way is so by another command.
+func verdict(st supervise.Status, begin time.Time, late bool) string {
 	switch {
 	case failedSince(st, begin):
 		e := st.LastExit
@@ -104,15 +106,15 @@ func verdict(st supervise.Status, begin time.Time) string {
 		if st.State == supervise.StateErrored && st.Reason != "" {
 			return how + "; " + st.Reason
 		}
-		if ran := e.At.Sub(begin); ran < 2*restMost {
+		if e.At.Sub(begin) < 2*restMost {
 			how += " at once"
 		}
 		return how
 	case st.State == supervise.StateErrored:
 		return st.Reason
-	case st.State == supervise.StateStarting:
+	case late && st.State == supervise.StateStarting:
 		return "is not ready yet"
-	case st.State == supervise.StateWaiting:
+	case late && st.State == supervise.StateWaiting:
 		return "waits: " + st.Reason
 	}
 	return ""
@@ -127,13 +129,13 @@ func (d *Daemon) rest(ctx context.Context, list []*instance, begin time.Time) {
 			busy = append(busy, r)
 		}
 	}
-	end := begin.Add(restMost)
+	giveUp := false
 	tick := time.NewTicker(restEvery)
 	defer tick.Stop()
 	for len(busy) > 0 {
 		left := busy[:0]
 		for _, b := range busy {
-			if time.Now().After(end) || b.settled() {
+			if giveUp || time.Now().After(b.end) || b.settled() {
 				b.rest.Close()
 				continue
 			}
@@ -146,7 +148,7 @@ func (d *Daemon) rest(ctx context.Context, list []*instance, begin time.Time) {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			end = begin
+			giveUp = true
 		}
 	}
 }
@@ -154,6 +156,7 @@ func (d *Daemon) rest(ctx context.Context, list []*instance, begin time.Time) {
 // resting is an instance that is watched until its program has come to rest.
 type resting struct {
 	run  *run
+	end  time.Time // when it is believed to be well, busy or not
 	rest *monitor.Rest
 }
 
@@ -167,7 +170,7 @@ func newResting(i *instance, begin time.Time) *resting {
 	if err != nil {
 		return nil
 	}
-	return &resting{run: r, rest: rest}
+	return &resting{run: r, end: st.Since.Add(restMost), rest: rest}
 }
 
 func (b *resting) settled() bool {
@@ -176,12 +179,8 @@ func (b *resting) settled() bool {
 		return true
 	case monitor.Gone:
 		// What the supervisor makes of it is worth the moment it takes.
-		select {
-		case <-b.run.done:
-			return true
-		default:
-			return false
-		}
+		st, _ := b.run.inst.sup.Status(b.run.inst.name)
+		return st.Run != supervise.Run(b.run)
 	}
 	return false
 }

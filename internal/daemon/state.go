@@ -28,6 +28,7 @@ type state struct {
 
 type appState struct {
 	Spec      config.App      `json:"spec"`
+	Gen       int             `json:"gen,omitempty"`
 	Instances []instanceState `json:"instances"`
 }
 
@@ -50,6 +51,7 @@ type instanceState struct {
 type store struct {
 	path     string
 	snapshot func() state
+	frozen   func() bool // from when it is set on nothing is written; nil is never
 
 	mu      sync.Mutex
 	running bool          // a writer is at work
@@ -58,8 +60,8 @@ type store struct {
 	err     error         // of the last write
 }
 
-func newStore(path string, snapshot func() state) *store {
-	return &store{path: path, snapshot: snapshot, next: make(chan struct{})}
+func newStore(path string, snapshot func() state, frozen func() bool) *store {
+	return &store{path: path, snapshot: snapshot, frozen: frozen, next: make(chan struct{})}
 }
 
 // save returns when the state as it is at the call, or later, is on the disk.
@@ -95,8 +97,12 @@ func (s *store) write() {
 		done := s.next
 		s.next = make(chan struct{})
 		s.dirty = false
+		err := s.err
 		s.mu.Unlock()
-		err := writeJSON(s.path, s.snapshot())
+		st := s.snapshot()
+		if s.frozen == nil || !s.frozen() { // asked after the look at the state
+			err = writeJSON(s.path, st)
+		}
 		s.mu.Lock()
 		s.err = err
 		close(done)

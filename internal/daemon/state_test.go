@@ -98,7 +98,7 @@ func TestConcurrentSaves(t *testing.T) {
 		defer mu.Unlock()
 		writes++
 		return sampleState(names...)
-	})
+	}, nil)
 	var wg sync.WaitGroup
 	for n := range 50 {
 		wg.Go(func() {
@@ -129,7 +129,7 @@ func TestConcurrentSaves(t *testing.T) {
 }
 
 func TestSaveFails(t *testing.T) {
-	s := newStore(filepath.Join(t.TempDir(), "gone", "state.json"), func() state { return state{} })
+	s := newStore(filepath.Join(t.TempDir(), "gone", "state.json"), func() state { return state{} }, nil)
 	if err := s.save(); err == nil {
 		t.Fatal("no error")
 	}

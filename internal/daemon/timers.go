@@ -37,28 +37,29 @@ type triggers struct {
 
 func newTimers(d *Daemon) *timers { return &timers{d: d, apps: map[string]*triggers{}} }
 
-// set brings the triggers of an app in line with its spec.
-func (t *timers) set(a *app) {
+// set brings the triggers of an app in line with its spec. The caller must not
+// hold d.mu: this may take a while, and may tell of trouble.
+func (t *timers) set(spec config.App) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	old := t.apps[a.spec.Name]
-	if old != nil && old.spec.Restart.Cron == a.spec.Restart.Cron && reflect.DeepEqual(old.spec.Watch, a.spec.Watch) &&
-		old.spec.Restart.MaxMemory == a.spec.Restart.MaxMemory {
+	old := t.apps[spec.Name]
+	if old != nil && old.spec.Restart.Cron == spec.Restart.Cron && reflect.DeepEqual(old.spec.Watch, spec.Watch) &&
+		old.spec.Cwd == spec.Cwd && old.spec.Restart.MaxMemory == spec.Restart.MaxMemory {
 		return
 	}
-	t.drop(a.spec.Name)
+	t.drop(spec.Name)
 	if t.stopped {
 		return
 	}
-	tr := &triggers{spec: a.spec}
-	t.apps[a.spec.Name] = tr
-	if a.spec.Restart.Cron != "" {
+	tr := &triggers{spec: spec}
+	t.apps[spec.Name] = tr
+	if spec.Restart.Cron != "" {
 		t.schedule(tr)
 	}
-	if a.spec.Watch != nil {
+	if spec.Watch != nil {
 		t.watch(tr)
 	}
-	if a.spec.Restart.MaxMemory > 0 {
+	if spec.Restart.MaxMemory > 0 {
 		t.limited++
 		if t.memory == nil {
 			t.memory = time.AfterFunc(memoryEvery, t.checkMemory)
@@ -66,7 +67,7 @@ func (t *timers) set(a *app) {
 	}
 }
 
-// remove ends the triggers of an app.
+// remove ends the triggers of an app. The caller must not hold d.mu.
 func (t *timers) remove(name string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
