@@ -80,7 +80,7 @@ func (c *cli) doctorCommand() *cobra.Command {
 func (c *cli) doctor(ctx context.Context) []check {
 	home := c.client.Home()
 	checks := checkHome(home)
-	short, cancel := context.WithTimeout(ctx, patience)
+	short, cancel := context.WithTimeout(ctx, pulseLimit)
 	defer cancel()
 	info, err := c.client.Info(short)
 	checks = append(checks, checkSocket(home, err), c.checkDaemon(info, err))

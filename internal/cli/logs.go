@@ -128,6 +128,9 @@ func (c *cli) follow(ctx context.Context, w *logWriter, q client.LogQuery) error
 		lost     time.Time
 		waitNext = retryFirst
 	)
+	if q.Lines == 0 {
+		seen.since = began.Add(-slack)
+	}
 	for {
 		query := q
 		if !seen.last.IsZero() {

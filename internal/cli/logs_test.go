@@ -131,11 +131,18 @@ func TestResume(t *testing.T) {
 		base := time.Unix(1_700_000_000, 0)
 		n := rapid.IntRange(1, 60).Draw(t, "lines")
 		words := rapid.IntRange(1, 4).Draw(t, "words")
+		// The first lines may have been left out (--lines). Where those are the
+		// same as what follows, nobody can tell.
+		left := rapid.IntRange(0, max(0, n-2)).Draw(t, "left out")
 		var all []client.LogLine
 		at := base
 		for k := range n {
 			at = at.Add(time.Duration(rapid.IntRange(1, 400).Draw(t, "ms")) * time.Millisecond)
-			all = append(all, client.LogLine{Time: at, ID: k % 2, Stream: "out", Text: fmt.Sprint(rapid.IntRange(0, words).Draw(t, "word"))})
+			word := rapid.IntRange(0, words).Draw(t, "word")
+			if left > 0 {
+				word = k
+			}
+			all = append(all, client.LogLine{Time: at, ID: k % 2, Stream: "out", Text: fmt.Sprint(word)})
 		}
 		var r resume
 		var shown []client.LogLine
@@ -148,8 +155,15 @@ func TestResume(t *testing.T) {
 				}
 			}
 			r.reconnected()
-			upto := rapid.IntRange(next, n).Draw(t, "upto")
-			for _, l := range all[from:upto] {
+			least := next
+			if left > 0 {
+				least = max(next, left+2) // at least one line of each is shown
+			}
+			upto := rapid.IntRange(least, n).Draw(t, "upto")
+			if r.last.IsZero() {
+				from = left
+			}
+			for _, l := range all[from:max(from, upto)] {
 				shown = append(shown, r.pass(l)...)
 			}
 			next = max(next, upto)
@@ -164,8 +178,8 @@ func TestResume(t *testing.T) {
 			return s
 		}
 		for id := range 2 {
-			if count(shown, id) != count(all, id) {
-				t.Fatalf("instance %d: shown %s\nwritten %s", id, count(shown, id), count(all, id))
+			if count(shown, id) != count(all[left:], id) {
+				t.Fatalf("instance %d: shown %s\nwritten %s", id, count(shown, id), count(all[left:], id))
 			}
 		}
 	})

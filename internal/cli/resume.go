@@ -18,6 +18,7 @@ const historyLines = 4096
 // The zero value is ready to use. It is for one goroutine.
 type resume struct {
 	last    time.Time // of the newest line seen
+	since   time.Time // nothing older is to be shown, whatever comes again
 	seed    maphash.Seed
 	seeded  bool
 	streams map[streamKey]*stream
@@ -59,17 +60,30 @@ func (r *resume) pass(l client.LogLine) []client.LogLine {
 		s = &stream{}
 		r.streams[key] = s
 	}
+	if len(s.seen) == 0 && l.Time.Before(r.since) {
+		return nil
+	}
 	if !s.matching {
 		r.remember(s, l)
 		return []client.LogLine{l}
 	}
 	// s.again is, without this line, the same as seen[from:from+len(again)].
 	s.again = append(s.again, l)
-	if len(s.again) == 1 {
-		s.from = r.first(s, l)
-	}
-	for s.from < len(s.seen) && !r.fits(s) {
-		s.from++
+	for {
+		if len(s.again) == 1 {
+			s.from = r.first(s, s.again[0])
+		}
+		for s.from < len(s.seen) && !r.fits(s) {
+			s.from++
+		}
+		if s.from < len(s.seen) || !s.again[0].Time.Before(s.seen[0].at.Add(slack)) {
+			break
+		}
+		// What was seen began later (--lines 2): this stood before it.
+		if s.again = s.again[1:]; len(s.again) == 0 {
+			return nil
+		}
+		s.from = r.first(s, s.again[0])
 	}
 	// Where from has reached the end, nothing of it was seen before.
 	shared := len(s.seen) - s.from
