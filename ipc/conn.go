@@ -78,7 +78,6 @@ const busyFrom = 4
 // frames is the parent's side of the frames protocol.
 type frames struct {
 	ch *Channel
-	o  Options
 
 	mu      sync.Mutex
 	pending map[uint32]*Request
@@ -95,11 +94,17 @@ func NewFrames(f *os.File, o Options) (Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &frames{ch: ch, o: o, pending: make(map[uint32]*Request)}, nil
+	// Queued now, so that it is the first frame whatever is called next.
+	hello := AppendHello(nil, Hello{Remuda: Version, MaxFrame: ch.r.limit, Concurrency: o.Concurrency})
+	if err := ch.w.queue(hello, nil); err != nil {
+		return nil, err
+	}
+	return &frames{ch: ch, pending: make(map[uint32]*Request)}, nil
 }
 
 func (c *frames) Serve(ready func()) error {
-	err := c.ch.SendHello(Hello{Concurrency: c.o.Concurrency})
+	c.ch.w.flush(false)
+	var err error
 	for err == nil {
 		err = c.turn(ready)
 	}

@@ -114,7 +114,7 @@ func newPool(t testing.TB, o Options) *Pool {
 		if exe, err := os.Executable(); err == nil {
 			o.Command[0] = exe
 		}
-		o.Env = append(os.Environ(), modeVar+"=worker")
+		o.Env = append(os.Environ(), modeVar+"=worker", "GORACE=atexit_sleep_ms=0")
 	}
 	if o.Stderr == nil {
 		o.Stderr = os.Stderr
