@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -36,7 +37,7 @@ table is told what is wrong.`,
 				return err
 			}
 			list, err := c.client.List(ctx, args...)
-			if errors.Is(err, client.ErrUnreachable) && len(args) == 0 {
+			if nothingRuns(err) && len(args) == 0 {
 				c.say("%s", err)
 				list, err = nil, nil
 			}
@@ -55,6 +56,12 @@ table is told what is wrong.`,
 	}
 	cmd.Flags().StringVar(&sortBy, "sort", "", "order by a `field`: id, name, namespace, pid, uptime, restarts, status, cpu, memory; field:desc turns it round")
 	return cmd
+}
+
+// nothingRuns says whether there is no daemon at all: not one of somebody else,
+// nor one that is in trouble.
+func nothingRuns(err error) bool {
+	return errors.Is(err, client.ErrUnreachable) && !errors.Is(err, os.ErrPermission) && !headless(err)
 }
 
 func notNil[T any](s []T) []T {
@@ -259,7 +266,7 @@ func (c *cli) prettylistCommand() *cobra.Command {
 
 func (c *cli) jlist(ctx context.Context, targets []string, secrets, indent bool) error {
 	list, err := c.client.Describe(ctx, secrets, targets...)
-	if errors.Is(err, client.ErrUnreachable) && len(targets) == 0 {
+	if nothingRuns(err) && len(targets) == 0 {
 		c.say("%s", err)
 		list, err = nil, nil
 	}
