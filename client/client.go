@@ -302,7 +302,7 @@ func (c *Client) do(ctx context.Context, method, path string, query url.Values, 
 		req.Header.Set("Content-Type", "application/json")
 	}
 	resp, err := c.http.Do(req)
-	for end := time.Now().Add(betweenControllers); err != nil && c.restarting(err) && time.Now().Before(end); {
+	for end := time.Now().Add(betweenControllers); err != nil && c.restarting(err, method == http.MethodGet) && time.Now().Before(end); {
 		select {
 		case <-ctx.Done():
 			return nil, ctx.Err()
@@ -330,9 +330,11 @@ const betweenControllers = 5 * time.Second
 
 // restarting says whether a call failed only because the daemon's controller
 // has just died or been replaced: nobody listens, but the keeper holds its
-// lock.
-func (c *Client) restarting(err error) bool {
-	if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.ENOENT) {
+// lock. A call that changes nothing may also have been under way just then.
+func (c *Client) restarting(err error, changesNothing bool) bool {
+	refused := errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT)
+	cut := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+	if !refused && (!cut || !changesNothing) {
 		return false
 	}
 	f, err := os.Open(filepath.Join(c.home, "keeper.lock"))
@@ -361,7 +363,7 @@ func (c *Client) explain(ctx context.Context, err error) error {
 		}
 		for _, none := range []syscall.Errno{syscall.ENOENT, syscall.ECONNREFUSED, syscall.ENOTDIR, syscall.ENOTSOCK, syscall.EPROTOTYPE} {
 			if errors.Is(err, none) {
-				if c.restarting(err) {
+				if c.restarting(err, false) {
 					return fmt.Errorf("%w in %s: its keeper lives, but no controller comes up; see %s", ErrUnreachable, c.home, filepath.Join(c.home, "logs", "daemon.log"))
 				}
 				return fmt.Errorf("%w in %s", ErrUnreachable, c.home)

@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -606,5 +607,41 @@ func TestHome(t *testing.T) {
 	t.Setenv("HOME", "")
 	if _, err := Home(); err == nil || !strings.Contains(err.Error(), "REMUDA_HOME") {
 		t.Error(err)
+	}
+}
+
+// A question that the controller was killed over is asked again of the next
+// one; an order is not, as nobody knows how far it came.
+func TestControllerDiesOverACall(t *testing.T) {
+	home := tempHome(t)
+	f, err := os.OpenFile(filepath.Join(home, "keeper.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	var calls atomic.Int32
+	serve(t, home, func(w http.ResponseWriter, _ *http.Request) {
+		if calls.Add(1)%2 == 1 {
+			panic(http.ErrAbortHandler)
+		}
+		fmt.Fprint(w, "{}")
+	})
+	c := newClient(t, home)
+	if _, err := c.List(deadline(t)); err != nil || calls.Load() != 2 {
+		t.Errorf("list: %v after %d calls", err, calls.Load())
+	}
+	if _, err := c.Act(deadline(t), ActRequest{Verb: VerbRestart, Targets: []string{"web"}}); err == nil || calls.Load() != 3 {
+		t.Errorf("restart: %v after %d calls", err, calls.Load())
+	}
+	// Without a keeper there is nobody to wait for.
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_UN); err != nil {
+		t.Fatal(err)
+	}
+	calls.Store(0)
+	if _, err := c.List(deadline(t)); err == nil || calls.Load() != 1 {
+		t.Errorf("list without a keeper: %v after %d calls", err, calls.Load())
 	}
 }

@@ -220,10 +220,22 @@ func (d *Daemon) ask(list []*instance) (before []bool) {
 	return before
 }
 
-// begin has instances that were asked for run anew. Caller holds d.act.
+// begin has instances that were asked for run anew. What does not run is
+// started, which is no restart that counts, as with PM2. Caller holds d.act.
 func (d *Daemon) begin(cause string, list []*instance) error {
+	var idle, busy []*instance
+	for _, i := range list {
+		if st, ok := i.sup.Status(i.name); ok && supervise.Ended(st) {
+			idle = append(idle, i)
+		} else {
+			busy = append(busy, i)
+		}
+	}
 	d.wakeGroups(list)
-	err := d.each(list, func(s *supervise.Supervisor, names []string) error { return s.Restart(cause, names...) })
+	err := d.each(busy, func(s *supervise.Supervisor, names []string) error { return s.Restart(cause, names...) })
+	if err == nil {
+		err = d.each(idle, func(s *supervise.Supervisor, names []string) error { return s.Start(names...) })
+	}
 	for _, i := range list {
 		i.mu.Lock()
 		i.asked = false
@@ -442,7 +454,7 @@ func (d *Daemon) Act(ctx context.Context, req client.ActRequest) (client.ActResu
 			return client.ActResult{}, refuse(http.StatusUnprocessableEntity, "%s is no variable of an environment", quoted(k))
 		}
 	}
-	chosen, err := d.match(req.Targets)
+	chosen, err := d.chosen(req.Targets)
 	if err != nil {
 		return client.ActResult{}, err
 	}
@@ -702,9 +714,15 @@ func (d *Daemon) discard(ctx context.Context, list []*instance) error {
 	return d.forget(ctx, d.present(list))
 }
 
+// forgetMost bounds the wait for the end of a process that not even SIGKILL
+// ends: others want to use the daemon too.
+const forgetMost = 2 * time.Minute
+
 // forget ends the supervision of instances, of apps that have none left and of
 // groups that have no apps left. Caller holds d.act.
 func (d *Daemon) forget(ctx context.Context, list []*instance) error {
+	ctx, cancel := context.WithTimeout(ctx, forgetMost)
+	defer cancel()
 	err := d.each(list, func(s *supervise.Supervisor, names []string) error { return s.Remove(ctx, known(s, names)...) })
 	if err != nil {
 		return err
@@ -747,7 +765,7 @@ func (d *Daemon) Signal(_ context.Context, req client.SignalRequest) (client.Act
 	if err != nil {
 		return client.ActResult{}, refuse(http.StatusUnprocessableEntity, "%v", err)
 	}
-	chosen, err := d.match(req.Targets)
+	chosen, err := d.chosen(req.Targets)
 	if err != nil {
 		return client.ActResult{}, err
 	}

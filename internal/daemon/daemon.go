@@ -428,6 +428,9 @@ func (d *Daemon) restore(st state, inv *keeper.Inventory) {
 		if err != nil {
 			d.warnings = append(d.warnings, err.Error())
 			d.log.Error("cannot supervise", "instance", p.i.name, "error", err)
+			if p.i.run != nil { // nobody could stop it later on
+				p.i.run.Kill("cannot be supervised")
+			}
 		}
 	}
 	for name, f := range relays { // of runs that are gone

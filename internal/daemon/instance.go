@@ -185,6 +185,9 @@ func (i *instance) changed(st supervise.Status) {
 	if st.Run != nil || st.State != supervise.StateErrored && st.State != supervise.StateStopped {
 		return
 	}
+	if now, ok := i.sup.Status(i.name); !ok || now.State != st.State {
+		return // by now it runs again, and that run's end is not this one's
+	}
 	// It ended for good: that goes on record, then the keeper may forget it.
 	i.mu.Lock()
 	ended := i.ended

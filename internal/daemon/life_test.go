@@ -50,6 +50,11 @@ func TestLifeOfApps(t *testing.T) {
 	if o := b.list()["other:0"]; o.State != client.Stopped || o.PID != 0 {
 		t.Errorf("after a stop: %+v", o)
 	}
+	b.well(b.act(client.VerbRestart, "other"))
+	if o := b.list()["other:0"]; o.State != client.Online || o.Restarts != 0 {
+		t.Errorf("a start of what was stopped counts as a restart: %+v", o)
+	}
+	b.well(b.act(client.VerbStop, "other"))
 
 	// Another controller finds all as it was.
 	before = b.list()
@@ -77,16 +82,53 @@ func TestLifeOfApps(t *testing.T) {
 
 func TestWhatIsReadyStaysReadyOverACrash(t *testing.T) {
 	b := newBox(t)
-	a := b.app("web", "echo I am up; "+forever)
-	a.Ready = config.Probe{Type: "log", Pattern: "I am up", Timeout: config.Duration(patience), OnTimeout: "fail"}
-	b.start(a)
-	pid := b.list()["web:0"].PID
+	line := b.app("line", "echo I am up; "+forever)
+	line.Ready = config.Probe{Type: "log", Pattern: "I am up", Timeout: config.Duration(patience), OnTimeout: "fail"}
+	ipc := b.app("ipc", `printf '"ready"\n' >&$NODE_CHANNEL_FD; `+forever)
+	ipc.Ready = config.Probe{Type: "ipc", Timeout: config.Duration(patience), OnTimeout: "fail"}
+	b.start(line, ipc)
+	before := b.list()
 	for range 2 {
 		b.crash()
-		if i := b.list()["web:0"]; i.State != client.Online || i.PID != pid {
-			t.Fatalf("after a crash: %+v", i)
+		for name, i := range b.list() {
+			if i.State != client.Online || i.PID != before[name].PID {
+				t.Fatalf("after a crash: %+v", i)
+			}
 		}
 	}
+}
+
+// What comes and goes leaves no descriptor behind, in neither process.
+func TestNothingLeaks(t *testing.T) {
+	b := newBox(t)
+	info, err := b.c.Info(b.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	group := []config.Group{{Name: "g", Strategy: "one-for-all"}}
+	round := func(n int) {
+		plain, watched, ready := b.app(fmt.Sprintf("plain%d", n), "echo hello; "+forever), b.app(fmt.Sprintf("watched%d", n), forever), b.app(fmt.Sprintf("ready%d", n), "echo up; "+forever)
+		watched.Watch = &config.Watch{Paths: []string{b.home}, Ignore: []string{"**"}, Debounce: config.Duration(time.Second)}
+		ready.Ready = config.Probe{Type: "log", Pattern: "up", Timeout: config.Duration(patience), OnTimeout: "fail"}
+		plain.Strategy = "g"
+		b.well(b.c.Up(b.ctx, ofFile(group, plain, watched, ready)))
+		b.well(b.act(client.VerbRestart, "all"))
+		b.well(b.c.Down(b.ctx, "/file.yaml"))
+		b.c.Close()
+	}
+	open := func(pid int) int {
+		entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(entries)
+	}
+	round(0)
+	keeper, controller := open(info.KeeperPID), open(info.PID)
+	for n := range 4 {
+		round(n + 1)
+	}
+	b.until("all is closed", func() bool { return open(info.KeeperPID) <= keeper && open(info.PID) <= controller })
 }
 
 func TestNothingIsForgottenWhenTheDaemonIsEnded(t *testing.T) {
@@ -463,6 +505,9 @@ func TestRefusals(t *testing.T) {
 		t.Error("an app without instances was taken")
 	}
 	b.start(b.app("web", forever))
+	if _, err := b.act(client.VerbDelete); err == nil || len(b.list()) != 1 {
+		t.Error("a delete of nothing in particular deletes")
+	}
 	for _, env := range []map[string]string{{"": "x"}, {"A=B": "x"}, {"A": "x\x00y"}} {
 		var refused *client.Error
 		if _, err := b.c.Act(b.ctx, client.ActRequest{Verb: client.VerbRestart, Targets: []string{"web"}, Env: env}); !errors.As(err, &refused) {

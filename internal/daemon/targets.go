@@ -61,6 +61,14 @@ func (d *Daemon) match(targets []client.Target) ([]*instance, error) {
 	return slices.DeleteFunc(all, func(i *instance) bool { return !chosen[i] }), nil
 }
 
+// chosen is match for what changes something: there, no target is a mistake.
+func (d *Daemon) chosen(targets []client.Target) ([]*instance, error) {
+	if len(targets) == 0 {
+		return nil, refuse(http.StatusUnprocessableEntity, "no target is given: name apps, or say all")
+	}
+	return d.match(targets)
+}
+
 // matcher reads one target. A name goes before an id, that before app:index
 // and a namespace, as PM2 has it.
 func matcher(t string, all []*instance, namespaces map[*instance]string) (func(*instance) bool, error) {
