@@ -171,7 +171,7 @@ func (c *Channel) Flush(timeout time.Duration) {
 func (c *Channel) Interrupt() error { return c.f.SetReadDeadline(time.Unix(1, 0)) }
 
 // Close ends the channel at once, whoever waits in it.
-func (c *Channel) Close() error {
+func (c *Channel) Close() {
 	c.w.fail(ErrClosed)
-	return c.f.Close()
+	c.f.Close()
 }

@@ -35,7 +35,7 @@ type Conn interface {
 	// Stop asks the worker to finish what it has and end.
 	Stop()
 	// Close ends the channel at once.
-	Close() error
+	Close()
 }
 
 // Receiver is told what becomes of a request. The calls come one after the
@@ -280,4 +280,4 @@ func (c *frames) Heard() uint64 { return c.ch.reads.Load() }
 
 func (c *frames) Stop() { _ = c.ch.Send(TypeStop, 0, nil) } // closed: it ends anyway
 
-func (c *frames) Close() error { return c.ch.Close() }
+func (c *frames) Close() { c.ch.Close() }

@@ -341,11 +341,10 @@ func (c *lines) Stop() {
 	c.w.whenWritten(func() { c.out.Close() })
 }
 
-func (c *lines) Close() error {
+func (c *lines) Close() {
 	c.w.fail(ErrClosed)
-	err := c.in.Close()
+	c.in.Close()
 	if c.out != c.in {
 		c.out.Close()
 	}
-	return err
 }

@@ -255,10 +255,7 @@ func (e *execSlot) Heard() uint64 { return 0 }
 func (e *execSlot) Stop() { e.end(false) }
 
 // Close implements ipc.Conn.
-func (e *execSlot) Close() error {
-	e.end(true)
-	return nil
-}
+func (e *execSlot) Close() { e.end(true) }
 
 // end closes the slot when its process has ended, with kill at once.
 func (e *execSlot) end(kill bool) {
@@ -307,7 +304,10 @@ func (e *execSlot) SignalTree(sig syscall.Signal) error {
 }
 
 // KillTree implements proc.Process.
-func (e *execSlot) KillTree(context.Context) error { return e.Close() }
+func (e *execSlot) KillTree(context.Context) error {
+	e.end(true)
+	return nil
+}
 
 // Members implements proc.Process.
 func (e *execSlot) Members() ([]int, error) {

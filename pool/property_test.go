@@ -141,10 +141,7 @@ func (f *fake) Stop() {
 		f.end(proc.Exit{}, true, true)
 	}
 }
-func (f *fake) Close() error {
-	f.end(proc.Exit{}, true, false)
-	return nil
-}
+func (f *fake) Close() { f.end(proc.Exit{}, true, false) }
 
 func (f *fake) ID() proc.ID           { return proc.ID{PID: f.pid} }
 func (f *fake) Done() <-chan struct{} { return f.done }
