@@ -417,7 +417,7 @@ func (c *cli) signalCommand() *cobra.Command {
 		},
 		RunE: c.run(needDaemon, func(ctx context.Context, args []string) error {
 			sig := signalName(args[0])
-			if n, err := strconv.Atoi(sig); unix.SignalNum(sig) == 0 && (err != nil || n < 0 || n > 64) {
+			if n, err := strconv.Atoi(sig); unix.SignalNum(sig) == 0 && (err != nil || n < 1 || n > 64) {
 				return usage("`kill -l` lists the signals.", "%q is no signal", clip(args[0]))
 			}
 			res, err := c.client.Signal(ctx, client.SignalRequest{Targets: args[1:], Signal: sig})

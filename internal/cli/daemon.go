@@ -249,7 +249,7 @@ func (c *cli) completionCommand() *cobra.Command {
 apps.
 
   bash: source <(remuda completion bash), or write it to
-        /etc/bash_completion.d/remuda
+        /etc/bash_completion.d/remuda (bash needs the package bash-completion)
   zsh:  write it to a file named _remuda in a folder of $fpath
   fish: write it to ~/.config/fish/completions/remuda.fish`,
 		Example: `  source <(remuda completion bash)

@@ -3,6 +3,7 @@ package cli
 import (
 	"encoding/json"
 	"fmt"
+	"math"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -157,6 +158,6 @@ func pm2Process(d *client.Detail, home string) map[string]any {
 	}
 	return map[string]any{
 		"pid": d.PID, "name": d.App, "pm_id": d.ID, "pm2_env": e,
-		"monit": map[string]any{"memory": d.Memory, "cpu": d.CPU},
+		"monit": map[string]any{"memory": d.Memory, "cpu": math.Round(d.CPU*10) / 10},
 	}
 }
