@@ -532,3 +532,88 @@ func TestSecretsAreMasked(t *testing.T) {
 		}
 	}
 }
+
+// Commands that are cut off by crashes leave nothing that the list does not
+// show, nothing twice and nothing stuck.
+func TestCommandsCutOffByCrashes(t *testing.T) {
+	b := newBox(t)
+	stubborn := b.app("stubborn", `trap 'sleep 0.2; exit 0' TERM; while :; do sleep 0.02; done`)
+	stubborn.Strategy = "g"
+	group := []config.Group{{Name: "g", Strategy: "one-for-all"}}
+	file := func(n int) client.UpRequest {
+		a := b.app("steady", forever)
+		a.Instances = 1 + n%3
+		a.Env = map[string]string{"N": fmt.Sprint(n / 2)}
+		a.Strategy = []string{"", "g"}[n%2]
+		apps := []config.App{a, stubborn}
+		if n%4 == 3 {
+			apps = apps[:1]
+		}
+		return ofFile(group, apps...)
+	}
+	for n := range 6 {
+		var wg sync.WaitGroup
+		for _, do := range []func(){
+			func() { _, _ = b.c.Up(b.ctx, file(n)) },
+			func() { _, _ = b.act(client.VerbRestart, "all") },
+			func() { _, _ = b.c.Start(b.ctx, client.StartRequest{Apps: []config.App{b.app("passing", forever)}}) },
+			func() { _, _ = b.act(client.VerbDelete, "passing") },
+			func() { _, _ = b.act(client.VerbReload, "all") },
+			func() { _, _ = b.act(client.VerbStop, "stubborn") },
+		} {
+			wg.Go(do)
+		}
+		time.Sleep(time.Duration(n*n) * 8 * time.Millisecond) // at another point each time
+		b.crash()
+		wg.Wait()
+	}
+	b.well(b.c.Up(b.ctx, file(2)))
+	if res := b.well(b.c.Up(b.ctx, file(2))); actions(res) != "steady:none stubborn:none" {
+		t.Errorf("a second up: %s", actions(res))
+	}
+	_, _ = b.act(client.VerbDelete, "passing") // it may or may not be there
+	now := b.list()
+	if len(now) != 4 {
+		t.Errorf("there is %+v", now)
+	}
+	listed := map[string]bool{}
+	for name, i := range now {
+		if i.State != client.Online {
+			t.Errorf("%s: %+v", name, i)
+		}
+		listed[fmt.Sprint(i.PID)] = true
+	}
+	b.until("nothing runs but what is listed", func() bool {
+		for pid, ppid := range processes(t, Tag(b.home)) {
+			if !listed[pid] && !listed[ppid] {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// processes are the pids of a home, and their parents.
+func processes(t *testing.T, tag string) map[string]string {
+	t.Helper()
+	found := map[string]string{}
+	files, err := filepath.Glob("/proc/[0-9]*/environ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		env, err := os.ReadFile(f)
+		if err != nil || !strings.Contains(string(env), "REMUDA_RUN="+tag) {
+			continue
+		}
+		stat, err := os.ReadFile(filepath.Join(filepath.Dir(f), "stat"))
+		if err != nil {
+			continue
+		}
+		_, rest, _ := strings.Cut(string(stat), ") ")
+		if w := strings.Fields(rest); len(w) > 1 {
+			found[filepath.Base(filepath.Dir(f))] = w[1]
+		}
+	}
+	return found
+}
