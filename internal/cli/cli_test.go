@@ -112,6 +112,8 @@ func TestUsageErrors(t *testing.T) {
 		{"lst", "did you mean `remuda list`?"},
 		{"starrt app.js -n web", "did you mean `remuda start`?"},
 		{"frobnicate", "unknown command \"frobnicate\""},
+		{"help lst", "did you mean `remuda list`?"},
+		{"--jsn list", "did you mean --json?"},
 		{"monit", "watch remuda list"},
 		{"ecosystem", "remuda init"},
 		{"restart web --watch", "--watch is a flag of `remuda start`"},

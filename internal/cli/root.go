@@ -65,7 +65,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 no such target, 4 no daemon, 124 timed 
 		&cobra.Group{ID: groupDaemon, Title: "The daemon:"},
 		&cobra.Group{ID: groupMachine, Title: "This machine and this program:"},
 	)
-	root.SetHelpCommandGroupID(groupMachine)
+	root.SetHelpCommand(helpCommand(root))
 	f := root.PersistentFlags()
 	f.BoolVar(&c.json, "json", false, "print JSON for programs")
 	f.BoolVar(&c.noColor, "no-color", false, "print without colours (also NO_COLOR)")
@@ -97,6 +97,34 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 no such target, 4 no daemon, 124 timed 
 		root.AddCommand(x)
 	}
 	return root
+}
+
+// helpCommand is cobra's, but for a command that is not there.
+func helpCommand(root *cobra.Command) *cobra.Command {
+	return &cobra.Command{
+		Use:     "help [COMMAND]",
+		GroupID: groupMachine,
+		Short:   "Help about any command",
+		ValidArgsFunction: func(_ *cobra.Command, args []string, prefix string) ([]string, cobra.ShellCompDirective) {
+			var names []string
+			if at, _, err := root.Find(args); err == nil {
+				for _, sub := range at.Commands() {
+					if sub.IsAvailableCommand() && strings.HasPrefix(sub.Name(), prefix) {
+						names = append(names, sub.Name()+"\t"+sub.Short)
+					}
+				}
+			}
+			return names, cobra.ShellCompDirectiveNoFileComp
+		},
+		RunE: func(_ *cobra.Command, args []string) error {
+			of, _, err := root.Find(args)
+			if err != nil || of == root && len(args) > 0 {
+				return unknownCommand(root, args[0])
+			}
+			of.InitDefaultHelpFlag()
+			return of.Help()
+		},
+	}
 }
 
 func (c *cli) versionLine() string {
@@ -135,7 +163,9 @@ func (c *cli) flagError(cmd *cobra.Command, err error) error {
 	if !cmd.HasParent() {
 		// `remuda starrt app.js -n web`: the command is what is wrong.
 		if rest := firstWord(c.Args); rest != "" {
-			return unknownCommand(cmd, rest)
+			if sub, _, err := cmd.Find([]string{rest}); err != nil || sub == cmd {
+				return unknownCommand(cmd, rest)
+			}
 		}
 	}
 	hint := fmt.Sprintf("`%s --help` lists the flags.", cmd.CommandPath())
