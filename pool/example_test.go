@@ -36,7 +36,7 @@ func ExamplePool_Do_timeout() {
 	ctx := context.Background()
 	p, err := pool.New(pool.Options{
 		Command: []string{"sh", "-c", "read x; sleep $x; echo slept $x"}, Protocol: pool.Exec, Size: 1,
-		Timeout: time.Second, Grace: 100 * time.Millisecond,
+		Grace: 100 * time.Millisecond,
 	})
 	if err != nil {
 		fmt.Println(err)
@@ -46,9 +46,9 @@ func ExamplePool_Do_timeout() {
 
 	r, err := p.Do(ctx, pool.Task{Body: []byte("0\n")})
 	fmt.Printf("%q %v\n", r.Body, err)
-	_, err = p.Do(ctx, pool.Task{Body: []byte("60\n")})
+	_, err = p.Do(ctx, pool.Task{Body: []byte("60\n"), Timeout: 200 * time.Millisecond})
 	fmt.Println(errors.Is(err, pool.ErrTimeout), err)
 	// Output:
 	// "slept 0\n" <nil>
-	// true pool: the task timed out after 1s
+	// true pool: the task timed out after 200ms
 }

@@ -120,7 +120,7 @@ func TestIdempotentIsRetried(t *testing.T) {
 }
 
 func TestTimeout(t *testing.T) {
-	p := newPool(t, Options{Size: 1, Concurrency: 2, Grace: 100 * time.Millisecond})
+	p := newPool(t, Options{Size: 1, Concurrency: 2, Grace: time.Minute})
 	ctx := limit(t)
 	r, err := p.Do(ctx, Task{Name: "pid"})
 	if err != nil {
@@ -140,6 +140,7 @@ func TestTimeout(t *testing.T) {
 		t.Errorf("the worker was replaced: %q, %v", r.Body, err)
 	}
 	// One that does not, and one that is stopped, are killed.
+	p = newPool(t, Options{Size: 1, Concurrency: 2, Grace: 50 * time.Millisecond})
 	for _, name := range []string{"hang", "stop"} {
 		if _, err := p.Do(ctx, Task{Name: name, Timeout: 20 * time.Millisecond}); !errors.Is(err, ErrTimeout) {
 			t.Errorf("%s: %v", name, err)

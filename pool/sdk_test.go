@@ -72,7 +72,7 @@ func TestSDKs(t *testing.T) {
 		{"python", []string{"python3", write(t, "w.py", strings.ReplaceAll(pythonWorker, "SDK", sdkPath(t, "python")))}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			p := newPool(t, Options{Command: c.command, Size: 1, Concurrency: 8, Grace: 300 * time.Millisecond})
+			p := newPool(t, Options{Command: c.command, Size: 1, Concurrency: 8, Grace: 30 * time.Second})
 			ctx := limit(t)
 			var wg sync.WaitGroup
 			for i := range 8 {
@@ -112,10 +112,11 @@ func TestSDKs(t *testing.T) {
 			if _, err := p.Do(ctx, Task{Name: "exit"}); !errors.Is(err, ErrWorkerDied) || !strings.Contains(err.Error(), "exit code 7") {
 				t.Errorf("exit: %v", err)
 			}
+			p = newPool(t, Options{Command: c.command, Size: 1, Grace: 20 * time.Millisecond})
 			if _, err := p.Do(ctx, Task{Name: "hang", Timeout: 20 * time.Millisecond}); !errors.Is(err, ErrTimeout) {
 				t.Errorf("hang: %v", err)
 			}
-			for p.Stats().Died < 2 {
+			for p.Stats().Died < 1 {
 				time.Sleep(time.Millisecond)
 			}
 			if r, err := p.Do(ctx, Task{Body: []byte("alive")}); err != nil || string(r.Body) != "alive" {
