@@ -139,7 +139,7 @@ func (d *Daemon) Start(ctx context.Context, req client.StartRequest) (client.Act
 	}
 	out := d.settle(ctx, w.touched, w.begin)
 	err = d.discard(ctx, w.surplus)
-	return client.ActResult{Instances: out, Warnings: d.unsaved(clusterWarnings(req.Apps))}, err
+	return client.ActResult{Instances: out, Warnings: d.unsaved(nil)}, err
 }
 
 // work is what a command has begun and goes on with when others may begin
@@ -148,17 +148,6 @@ type work struct {
 	begin   time.Time
 	touched []*instance // to be looked at until they have settled
 	surplus []*instance // to be deleted when they have stopped
-}
-
-// clusterWarnings says what is not carried out of cluster mode.
-func clusterWarnings(apps []config.App) []string {
-	var out []string
-	for _, a := range apps {
-		if a.ExecMode == "cluster" && a.Instances > 1 {
-			out = append(out, fmt.Sprintf("app %q: exec_mode cluster is not carried out yet: its %d instances run as separate processes and cannot share a port", a.Name, a.Instances))
-		}
-	}
-	return out
 }
 
 func (d *Daemon) startLocked(ctx context.Context, req client.StartRequest) (work, error) {
@@ -655,6 +644,11 @@ func (d *Daemon) reload(ctx context.Context, list []*instance, req client.ActReq
 			failed[i.app] = i.name
 		}
 	}
+	for _, i := range list {
+		if failed[i.app] == "" {
+			d.clusters.prune(i.app)
+		}
+	}
 	return out, nil
 }
 
@@ -752,6 +746,9 @@ func (d *Daemon) forget(ctx context.Context, list []*instance) error {
 	for _, name := range gone {
 		d.timers.remove(name)
 		d.versions.drop(name)
+	}
+	for _, name := range gone {
+		d.clusters.rest(name)
 	}
 	d.dropGroups()
 	d.saveOrWarn()
@@ -903,7 +900,7 @@ func (d *Daemon) Up(ctx context.Context, req client.UpRequest) (client.ActResult
 			mine = append(mine, i)
 		}
 	}
-	return client.ActResult{Changes: changes, Instances: d.merged(mine, settled), Warnings: d.unsaved(clusterWarnings(req.Apps))}, nil
+	return client.ActResult{Changes: changes, Instances: d.merged(mine, settled), Warnings: d.unsaved(nil)}, nil
 }
 
 func (d *Daemon) upLocked(ctx context.Context, req client.UpRequest) ([]client.Change, work, error) {

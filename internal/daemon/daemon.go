@@ -71,6 +71,7 @@ type Daemon struct {
 	sampler  *sampler
 	versions *packageVersions
 	timers   *timers
+	clusters *clusters
 	quiet    *time.Timer     // gives memory back when nothing has happened for a while
 	gone     <-chan struct{} // closed when the keeper is gone
 
@@ -205,6 +206,7 @@ func newDaemon(o Options, k *keeper.Client, inv *keeper.Inventory) (*Daemon, err
 	}
 	d.store = newStore(filepath.Join(o.Home, "state.json"), d.snapshot, d.over)
 	d.timers = newTimers(d)
+	d.clusters = &clusters{d: d}
 	d.sups[""] = supervise.New(supervise.Options{OnChange: d.changed})
 	d.restore(st, inv)
 	d.logs.Settle()
@@ -275,6 +277,7 @@ func (d *Daemon) leave(srv *http.Server) error {
 	_ = srv.Shutdown(ctx) // lets the answer to the call that ended us go out
 	d.timers.stop()
 	d.detach(ctx)
+	d.clusters.end(true)
 	_ = d.logs.Close(ctx)
 	return nil
 }
@@ -372,6 +375,7 @@ func (d *Daemon) endAll(ctx context.Context, forget bool) {
 			d.log.Error("state", "error", err)
 		}
 	}
+	d.clusters.end(false)
 	if err := d.keeper.Shutdown(ctx, true); err != nil {
 		d.log.Warn("ending the keeper", "error", err)
 	}
@@ -393,6 +397,7 @@ func (d *Daemon) restore(st state, inv *keeper.Inventory) {
 	for _, s := range inv.Stored {
 		relays[s.Name] = s.File
 	}
+	d.clusters.inherit(relays)
 	d.addGroups(st.Groups)
 	type pair struct {
 		i *instance
@@ -433,6 +438,7 @@ func (d *Daemon) restore(st state, inv *keeper.Inventory) {
 			}
 		}
 	}
+	d.clusters.settle(d.apps)
 	for name, f := range relays { // of runs that are gone
 		f.Close()
 		_ = d.keeper.Drop(context.Background(), name)
@@ -481,7 +487,7 @@ func (d *Daemon) adopt(i *instance, s instanceState, runs []adoptee, relays map[
 		go endStranger(old)
 	}
 	last := runs[len(runs)-1]
-	r := newRun(i, i.spec, last.Process, last.label.Ready)
+	r := newRun(i, i.spec, last.Process, last.label.Ready, last.label.Cluster)
 	kept := descriptors{out: last.Files[keptOut], err: last.Files[keptErr], ipc: last.Files[keptIPC], adopted: true}
 	for stream, f := range map[string]**os.File{logs.Out: &kept.outRelay, logs.Err: &kept.errRelay} {
 		name := relayName(i.id, stream)

@@ -96,6 +96,9 @@ func (i *instance) child() supervise.Spec {
 	if s.MaxRestarts == 0 { // none at all: the first end that calls for one is the last
 		s.MaxRestarts, s.Window = 1, 0
 	}
+	if clustered(a) {
+		s.Grace = max(s.Grace, 0) + drainWait
+	}
 	switch a.Restart.Policy {
 	case "on-failure":
 		s.Restart = supervise.OnFailure
@@ -188,6 +191,7 @@ func (i *instance) changed(st supervise.Status) {
 	if now, ok := i.sup.Status(i.name); !ok || now.State != st.State {
 		return // by now it runs again, and that run's end is not this one's
 	}
+	go i.d.clusters.rest(i.app)
 	// It ended for good: that goes on record, then the keeper may forget it.
 	i.mu.Lock()
 	ended := i.ended

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/remuda-dev/remuda/client"
+	"github.com/remuda-dev/remuda/internal/cluster"
 	"github.com/remuda-dev/remuda/internal/config"
 	"github.com/remuda-dev/remuda/internal/keeper"
 	"github.com/remuda-dev/remuda/internal/logs"
@@ -57,6 +58,8 @@ type label struct {
 
 	Gen   int  `json:"gen,omitempty"`   // of the app's spec
 	Ready bool `json:"ready,omitempty"` // it has said so, and will not again
+
+	Cluster bool `json:"cluster,omitempty"` // it shares the app's sockets
 }
 
 // run is one life of an instance's process. It implements [supervise.Run].
@@ -65,7 +68,9 @@ type run struct {
 	spec     config.App // as it was at the start
 	proc     *keeper.Process
 	out, err *logs.Capture
-	ipc      *nodeipc.Channel // nil where the program is not Node
+	ipc      channel         // nil where the program is not Node
+	worker   *cluster.Worker // nil where the app is not in cluster mode
+	cluster  bool
 
 	ready  chan struct{}
 	done   chan struct{}
@@ -81,11 +86,17 @@ type run struct {
 	ipcReady, notifyReady chan struct{} // nil unless the probe waits for them
 }
 
+// channel is Node's, with or without a cluster behind it.
+type channel interface {
+	Send(v any) error
+	Close() error
+}
+
 // newRun makes a run of what lives in the keeper already. ready says that
 // nothing has to be waited for.
-func newRun(i *instance, spec config.App, p *keeper.Process, ready bool) *run {
-	r := &run{inst: i, spec: spec, proc: p, ready: make(chan struct{}), done: make(chan struct{}), killed: make(chan struct{})}
-	if ready || spec.Ready.Type == "none" || spec.Ready.Type == "" {
+func newRun(i *instance, spec config.App, p *keeper.Process, ready, cluster bool) *run {
+	r := &run{inst: i, spec: spec, proc: p, cluster: cluster, ready: make(chan struct{}), done: make(chan struct{}), killed: make(chan struct{})}
+	if ready || !cluster && !probed(spec) {
 		close(r.ready)
 		return r
 	}
@@ -97,6 +108,9 @@ func newRun(i *instance, spec config.App, p *keeper.Process, ready bool) *run {
 	}
 	return r
 }
+
+// probed says whether the program is asked, or says itself, when it is ready.
+func probed(spec config.App) bool { return spec.Ready.Type != "none" && spec.Ready.Type != "" }
 
 // Start implements [supervise.Child].
 func (i *instance) Start(ctx context.Context, a supervise.Attempt) (supervise.Run, error) {
@@ -181,8 +195,18 @@ func (i *instance) spawn(ctx context.Context, spec config.App, gen int, a superv
 		ps.Keep[keptIPC] = parent
 		env = append(env, nodeipc.Env(len(ps.Files)-1)...)
 	}
+	inCluster := clustered(spec) // which has a channel, being Node
+	if inCluster {
+		primary, err := i.d.clusters.of(spec, ps.Credential)
+		if err != nil {
+			return nil, err
+		}
+		env = primary.Env(i.index+1, env)
+	} else {
+		i.d.clusters.fork(i.app)
+	}
 	ps.Env = env
-	if ps.Label, err = i.label(a, gen); err != nil {
+	if ps.Label, err = i.label(a, gen, inCluster); err != nil {
 		return nil, err
 	}
 	if err := ctx.Err(); err != nil {
@@ -194,7 +218,7 @@ func (i *instance) spawn(ctx context.Context, spec config.App, gen int, a superv
 	if err != nil {
 		return nil, err
 	}
-	r := newRun(i, spec, p.(*keeper.Process), false)
+	r := newRun(i, spec, p.(*keeper.Process), false, inCluster)
 	r.attach(descriptors{out: outR, err: errR, ipc: channel})
 	mine = nil
 	return r, nil
@@ -215,6 +239,12 @@ func (r *run) attach(d descriptors) {
 	r.out = r.capture(logs.Out, d.out, d.outRelay, outTo, d.adopted)
 	r.err = r.capture(logs.Err, d.err, d.errRelay, errTo, d.adopted)
 	if d.ipc == nil {
+		return
+	}
+	if r.cluster {
+		if err := r.join(d.ipc, d.adopted); err != nil {
+			r.inst.d.event(r.inst, "app.ipc", 0, err.Error())
+		}
 		return
 	}
 	ch, oerr := r.inst.d.hub.Open(d.ipc, nodeipc.Handlers{OnMessage: r.message, OnClose: r.ipcClosed, Resumed: d.adopted})
@@ -295,6 +325,13 @@ func (r *run) follow() {
 // probe waits until the program is ready, and has the run counted as failed
 // where it does not become so in time.
 func (r *run) probe(ctx context.Context) {
+	if !probed(r.spec) { // a worker
+		if r.listening(ctx); ctx.Err() == nil {
+			r.remember(func(l *label) { l.Ready = true })
+			close(r.ready)
+		}
+		return
+	}
 	env := probe.Env{Dir: r.spec.Cwd, IPCReady: r.ipcReady, NotifyReady: r.notifyReady, Lines: r.lines}
 	if c, err := credential(r.spec); err == nil && c != nil {
 		env.Credential = &syscall.Credential{Uid: c.UID, Gid: c.GID, Groups: c.Groups}
@@ -445,6 +482,7 @@ func (r *run) Stop(cause string) {
 		if r.spec.Stop.Message && r.ipc != nil && r.ipc.Send("shutdown") == nil {
 			return
 		}
+		r.part(cause)
 		_ = r.proc.SignalTree(r.inst.stopSignal(r.spec))
 	}()
 }
@@ -470,8 +508,8 @@ func (r *run) Kill(cause string) {
 	}()
 }
 
-func (i *instance) label(a supervise.Attempt, gen int) ([]byte, error) {
-	l := label{ID: i.id, App: i.app, Began: time.Now().UnixNano(), Restarts: a.Restarts, Gen: gen}
+func (i *instance) label(a supervise.Attempt, gen int, inCluster bool) ([]byte, error) {
+	l := label{ID: i.id, App: i.app, Began: time.Now().UnixNano(), Restarts: a.Restarts, Gen: gen, Cluster: inCluster}
 	if st, ok := i.sup.Status(i.name); ok {
 		l.Unstable, l.LastExit = st.Unstable, exitOf(st.LastExit)
 		for _, t := range st.Recent {
