@@ -100,6 +100,8 @@ func Main(ctx context.Context, o Options) int {
 	if o.Stderr == nil {
 		o.Stderr = os.Stderr
 	}
+	out := &output{Writer: o.Stdout}
+	o.Stdout = out
 	c := &cli{Options: o}
 	c.Args = protectNegative(o.Args)
 	root := c.root()
@@ -108,7 +110,25 @@ func Main(ctx context.Context, o Options) int {
 	if c.client != nil {
 		c.client.Close()
 	}
+	if err == nil && out.err != nil {
+		err = fmt.Errorf("what there is to say cannot be written: %w", out.err)
+	}
 	return c.exit(err)
+}
+
+// output remembers that something could not be written, so that not every
+// caller has to look: a full disk must not end as a success.
+type output struct {
+	io.Writer
+	err error
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	n, err := o.Writer.Write(p)
+	if err != nil && o.err == nil {
+		o.err = err
+	}
+	return n, err
 }
 
 // cli is one run of the command line.
@@ -171,6 +191,10 @@ func (c *cli) exit(err error) int {
 		}
 	case errors.Is(err, config.ErrNotFound):
 		what = "`remuda init` writes one to begin with; -f FILE names another."
+	}
+	var call *os.SyscallError
+	if errors.As(err, &call) && call.Syscall == "getwd" {
+		what = "The folder you are in is gone: cd to one that exists."
 	}
 	if errors.As(err, &hint) {
 		what = hint.hint

@@ -363,6 +363,7 @@ func TestStartDoesNotSurprise(t *testing.T) {
 		return req.Apps[0]
 	}
 
+	run("start", "nosuch.config.js").want(t, ExitFailed, "", "the process file nosuch.config.js does not exist")
 	run("start", "web", "-i", "4").want(t, 0, "", "--instances is for scripts and was not applied to web")
 	run("start", "npm run dev").want(t, 0, "[npm run dev:0]", "")
 	if n := len(f.seen("/v1/start")); n != 0 {
@@ -553,5 +554,21 @@ func TestInitAndSchema(t *testing.T) {
 	o.want(t, 0, `"$schema"`, "")
 	if !json.Valid([]byte(o.out)) {
 		t.Error("the schema is no JSON")
+	}
+}
+
+type fullDisk struct{}
+
+func (fullDisk) Write([]byte) (int, error) { return 0, syscall.ENOSPC }
+
+// TestOutputThatCannotBeWritten is no success.
+func TestOutputThatCannotBeWritten(t *testing.T) {
+	f := newFake(t, instance(0, "web", 0, client.Online))
+	for _, args := range []string{"list", "jlist", "--help", "version", "stop web"} {
+		var said strings.Builder
+		code := Main(t.Context(), Options{Args: strings.Fields(args), Environ: []string{"REMUDA_HOME=" + f.home}, Stdout: fullDisk{}, Stderr: &said, Version: "1.2.3"})
+		if code != ExitFailed || !strings.Contains(said.String(), "no space left on device") {
+			t.Errorf("%s: exit code %d: %s", args, code, said.String())
+		}
 	}
 }

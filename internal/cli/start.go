@@ -207,6 +207,8 @@ func (c *cli) start(ctx context.Context, f *pflag.FlagSet, args []string, app co
 			}
 			c.warnIgnored(f, a, `say it in the file`, "env", "only")
 			jobs = append(jobs, job{file: file})
+		case config.IsFile(a) && scriptEnding(a) && !c.exists(a):
+			return hinted{fmt.Errorf("the process file %s does not exist", clip(a)), "`remuda init` writes one to begin with."}
 		default:
 			known, err := c.known(ctx, a, app.Name)
 			if err != nil {
@@ -351,6 +353,14 @@ func (c *cli) known(ctx context.Context, arg, name string) (bool, error) {
 func (c *cli) hasState() bool {
 	st, err := os.Stat(filepath.Join(c.client.Home(), "state.json"))
 	return err == nil && st.Size() > 0
+}
+
+func (c *cli) exists(arg string) bool {
+	path, err := c.abs(arg)
+	if err == nil {
+		_, err = os.Stat(path)
+	}
+	return !errors.Is(err, os.ErrNotExist)
 }
 
 func isNumber(s string) bool {

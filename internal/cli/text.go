@@ -92,14 +92,23 @@ func fit(s string, w int) string {
 	return runewidth.Truncate(s, w, "…")
 }
 
-func (c *cli) isTerminal(w any) bool {
-	f, ok := w.(*os.File)
+func (c *cli) isTerminal(w io.Writer) bool {
+	f, ok := file(w)
 	return ok && term.IsTerminal(int(f.Fd()))
+}
+
+// file is the file that is written to.
+func file(w io.Writer) (*os.File, bool) {
+	if o, ok := w.(*output); ok {
+		w = o.Writer
+	}
+	f, ok := w.(*os.File)
+	return f, ok
 }
 
 // columns is how wide output may be, 0 for any width.
 func (c *cli) columns(w io.Writer) int {
-	if f, ok := w.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+	if f, ok := file(w); ok && term.IsTerminal(int(f.Fd())) {
 		if n, _, err := term.GetSize(int(f.Fd())); err == nil && n > 0 {
 			return n
 		}
