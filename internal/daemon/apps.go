@@ -644,11 +644,6 @@ func (d *Daemon) reload(ctx context.Context, list []*instance, req client.ActReq
 			failed[i.app] = i.name
 		}
 	}
-	for _, i := range list {
-		if failed[i.app] == "" {
-			d.clusters.prune(i.app)
-		}
-	}
 	return out, nil
 }
 

@@ -27,6 +27,9 @@ const (
 	// partWait is how long one that has nothing left to do may take to end by
 	// itself, before it is told by signal too.
 	partWait = 500 * time.Millisecond
+	// pruneWait is how long after a start a port that no worker has asked for
+	// stays open.
+	pruneWait = 30 * time.Second
 )
 
 // clustered says whether the instances of an app share their sockets.
@@ -181,14 +184,13 @@ func (c *clusters) drop(prefix string) {
 	delete(c.kept, prefix)
 }
 
-// prune closes the ports that an app's instances had and have no more, after a
-// reload.
+// prune closes, after a while in which the new runs can ask for them, the ports
+// that an app's instances had and have no more.
 func (c *clusters) prune(name string) {
 	c.mu.Lock()
-	p := c.m[name]
-	c.mu.Unlock()
-	if p != nil {
-		p.Prune()
+	defer c.mu.Unlock()
+	if p := c.m[name]; p != nil {
+		time.AfterFunc(pruneWait, p.Prune)
 	}
 }
 

@@ -487,6 +487,16 @@ func (d *Daemon) adopt(i *instance, s instanceState, runs []adoptee, relays map[
 		go endStranger(old)
 	}
 	last := runs[len(runs)-1]
+	select {
+	case <-last.Done():
+		if s.State != "" && s.LastExit != nil && !s.LastExit.At.Before(last.Exit().At) {
+			// What followed from its end is on record already; the controller
+			// before had no more time to have the keeper forget it.
+			go endStranger(last)
+			return ad, false
+		}
+	default:
+	}
 	r := newRun(i, i.spec, last.Process, last.label.Ready, last.label.Cluster)
 	kept := descriptors{out: last.Files[keptOut], err: last.Files[keptErr], ipc: last.Files[keptIPC], adopted: true}
 	for stream, f := range map[string]**os.File{logs.Out: &kept.outRelay, logs.Err: &kept.errRelay} {

@@ -210,6 +210,51 @@ func TestGroups(t *testing.T) {
 	}
 }
 
+// A group that gave up comes back with the first of its apps that is started.
+func TestGroupThatGaveUp(t *testing.T) {
+	b := newBox(t)
+	group := []config.Group{{Name: "g", Strategy: "one-for-all", MaxRestarts: 1, Window: config.Duration(time.Minute)}}
+	bad, good := b.app("bad", "[ ! -e bad ] || exit 3; "+forever), b.app("good", forever)
+	bad.Restart.BackoffInitial, bad.Strategy, good.Strategy = 0, "g", "g"
+	b.write("bad", "")
+	if _, err := b.c.Up(b.ctx, ofFile(group, good, bad)); err != nil {
+		t.Fatal(err)
+	}
+	b.become("bad:0", client.Errored)
+	b.become("good:0", client.Errored)
+	b.until("that is on record", func() bool {
+		st, err := readState(filepath.Join(b.home, "state.json"))
+		return err == nil && !slices.ContainsFunc(st.Apps, func(a appState) bool { return a.Instances[0].State != client.Errored })
+	})
+	b.crash()
+	if now := b.list(); now["bad:0"].State != client.Errored || now["good:0"].State != client.Errored {
+		t.Errorf("after a crash: %+v", now)
+	}
+	if err := os.Remove(filepath.Join(b.home, "bad")); err != nil {
+		t.Fatal(err)
+	}
+	b.well(b.act(client.VerbRestart, "all"))
+	pid := b.become("good:0", client.Online).PID
+	b.become("bad:0", client.Online)
+
+	// Once more, without a crash between.
+	b.write("bad", "")
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	b.become("good:0", client.Errored)
+	if err := os.Remove(filepath.Join(b.home, "bad")); err != nil {
+		t.Fatal(err)
+	}
+	b.until("both are back", func() bool { // the group may be in the middle of giving up
+		if _, err := b.act(client.VerbStart, "bad"); err != nil {
+			t.Fatal(err)
+		}
+		now := b.list()
+		return now["bad:0"].State == client.Online && now["good:0"].State == client.Online
+	})
+}
+
 func TestUpLeavesAloneWhatIsAsItShallBe(t *testing.T) {
 	b := newBox(t)
 	web, manual := b.app("web", forever), b.app("manual", forever)

@@ -67,6 +67,8 @@ func (d *Daemon) settle(ctx context.Context, list []*instance, begin time.Time) 
 		}
 		if out[n].Error != "" {
 			out[n].LastErr = lastErr
+		} else {
+			d.clusters.prune(i.app)
 		}
 	}
 	return out
