@@ -113,18 +113,22 @@ func (c *cli) logs(ctx context.Context, targets []string, o logFlags) error {
 	if o.timeGiven {
 		w.layout = goLayout(o.timestamp)
 	}
+	known := map[int]bool{}
 	for _, i := range list {
 		w.widen(i.ID, i.App)
+		known[i.ID] = true
 	}
 	c.following.Store(q.Follow)
-	return c.follow(ctx, w, q)
+	return c.follow(ctx, w, q, known)
 }
 
-// follow copies lines to w, over restarts of the daemon.
-func (c *cli) follow(ctx context.Context, w *logWriter, q client.LogQuery) error {
+// follow copies lines to w, over restarts of the daemon. Where further
+// instances than the known ones come to match, it asks anew.
+func (c *cli) follow(ctx context.Context, w *logWriter, q client.LogQuery, known map[int]bool) error {
 	var (
 		seen     resume
 		began    = time.Now()
+		more     bool // it is only asked anew
 		lost     time.Time
 		waitNext = retryFirst
 	)
@@ -135,11 +139,19 @@ func (c *cli) follow(ctx context.Context, w *logWriter, q client.LogQuery) error
 		query := q
 		if !seen.last.IsZero() {
 			query.Since, query.Lines = seen.last.Add(-overlap), -1
-		} else if !lost.IsZero() && query.Since.IsZero() && query.Lines >= 0 {
+		} else if (more || !lost.IsZero()) && query.Since.IsZero() && query.Lines >= 0 {
 			query.Since, query.Lines = began, -1
 		}
 		seen.reconnected()
-		err := drain(ctx, c.client.Logs(ctx, query), func(l client.LogLine) error {
+		stream, cancel := context.WithCancelCause(ctx)
+		watched := make(chan struct{})
+		go func() {
+			defer close(watched)
+			if q.Follow && c.newcomer(stream, q.Targets, known, began) {
+				cancel(errNewcomer)
+			}
+		}()
+		err := drain(stream, c.client.Logs(stream, query), func(l client.LogLine) error {
 			lost, waitNext = time.Time{}, retryFirst
 			for _, fresh := range seen.pass(l) {
 				if err := w.line(fresh); err != nil {
@@ -148,9 +160,14 @@ func (c *cli) follow(ctx context.Context, w *logWriter, q client.LogQuery) error
 			}
 			return nil
 		}, w.out.Flush)
+		cancel(nil)
+		<-watched
+		more = errors.Is(context.Cause(stream), errNewcomer)
 		var refused *client.Error
 		var output *outputError
 		switch {
+		case more && ctx.Err() == nil && !errors.As(err, &output):
+			continue
 		case ctx.Err() != nil && !c.timedOut(ctx):
 			return nil // ctrl-C is how one leaves a follower
 		case ctx.Err() != nil:
@@ -176,6 +193,37 @@ func (c *cli) follow(ctx context.Context, w *logWriter, q client.LogQuery) error
 		}
 		waitNext = min(2*waitNext, retryMost)
 	}
+}
+
+// errNewcomer ends a stream of logs that has to be asked for anew.
+var errNewcomer = errors.New("there is another instance")
+
+// newcomer waits until targets match an instance that is not among the known
+// ones, and adds it to them; it returns false where ctx or the daemon ends
+// before.
+func (c *cli) newcomer(ctx context.Context, targets []client.Target, known map[int]bool, since time.Time) bool {
+	for e, err := range c.client.Events(ctx, 0, true) {
+		if err != nil {
+			return false
+		}
+		if e.App == "" || e.ID < 0 || known[e.ID] || e.Time.Before(since) {
+			continue
+		}
+		known[e.ID] = true
+		list, err := c.client.List(ctx, targets...)
+		if err != nil {
+			continue
+		}
+		found := false
+		for _, i := range list {
+			found = found || i.ID == e.ID || !known[i.ID]
+			known[i.ID] = true
+		}
+		if found {
+			return true
+		}
+	}
+	return false
 }
 
 func (c *cli) timedOut(ctx context.Context) bool {

@@ -96,6 +96,49 @@ func TestFollowReconnects(t *testing.T) {
 	}
 }
 
+// TestFollowNewcomers: what is started while logs are followed is shown too.
+func TestFollowNewcomers(t *testing.T) {
+	f := newFake(t, instance(0, "web", 0, client.Online))
+	at := time.Now()
+	var calls atomic.Int32
+	first := make(chan struct{})
+	f.on("/v1/logs", func(w http.ResponseWriter, r *http.Request) {
+		n := calls.Add(1)
+		if n > 2 {
+			problem(w, http.StatusBadRequest, "that is all")
+			return
+		}
+		sendLine(w, client.LogLine{Time: at, App: "web", ID: 0, Stream: "out", Text: "old"})
+		if n == 1 {
+			close(first)
+			<-r.Context().Done()
+			return
+		}
+		sendLine(w, client.LogLine{Time: at, App: "api", ID: 7, Stream: "out", Text: "new"})
+	})
+	f.on("/v1/events", func(w http.ResponseWriter, r *http.Request) {
+		<-first
+		f.mu.Lock()
+		if len(f.instances) == 1 {
+			f.instances = append(f.instances, instance(7, "api", 0, client.Online))
+		}
+		f.mu.Unlock()
+		for seq, e := range []client.Event{
+			{App: "gone", ID: 3, Time: at.Add(-time.Hour)}, // of before
+			{App: "web", ID: 0, Time: time.Now()},
+			{App: "api", ID: 7, Time: time.Now()},
+		} {
+			e.Seq = uint64(seq + 1)
+			sendLine(w, e)
+		}
+		<-r.Context().Done()
+	})
+	o := remuda(t, f.home, "logs", "--raw")
+	if o.out != "old\nnew\n" || strings.Count(o.err, "went away") != 1 {
+		t.Errorf("exit code %d\n%s\n%s", o.code, o.out, o.err)
+	}
+}
+
 func TestEvents(t *testing.T) {
 	f := newFake(t)
 	var calls atomic.Int32
