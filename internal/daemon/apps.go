@@ -229,6 +229,9 @@ func (d *Daemon) begin(cause string, list []*instance) error {
 		i.mu.Lock()
 		i.asked = false
 		i.mu.Unlock()
+		if st, ok := i.sup.Status(i.name); ok && supervise.Ended(st) {
+			i.changed(st) // it was too quick to be put on record
+		}
 	}
 	return err
 }
@@ -239,6 +242,7 @@ func (d *Daemon) supervise(ctx context.Context, added []*instance) error {
 	for _, i := range added {
 		i.mu.Lock()
 		want := i.want
+		i.asked = false // it has no state yet that could be mistaken
 		i.mu.Unlock()
 		if err := i.sup.Add(d.childSpec(i), want); err != nil {
 			d.undo(ctx, added)

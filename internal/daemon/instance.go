@@ -194,6 +194,10 @@ func (i *instance) changed(st supervise.Status) {
 	go i.d.clusters.rest(i.app)
 	// It ended for good: that goes on record, then the keeper may forget it.
 	i.mu.Lock()
+	if i.asked { // record would leave it out; begin comes back to it
+		i.mu.Unlock()
+		return
+	}
 	ended := i.ended
 	i.ended = nil
 	i.mu.Unlock()

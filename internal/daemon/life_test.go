@@ -325,6 +325,36 @@ func TestUpIsFinishedAfterACrash(t *testing.T) {
 	}
 }
 
+func TestResurrect(t *testing.T) {
+	b := newBox(t)
+	job := b.app("job", "echo x >>jobs")
+	job.Restart.Policy = "never"
+	b.start(b.app("web", forever), b.app("off", forever))
+	if _, err := b.c.Start(b.ctx, client.StartRequest{Apps: []config.App{job}}); err != nil {
+		t.Fatal(err)
+	}
+	b.well(b.act(client.VerbStop, "off"))
+	if saved, err := b.c.Save(b.ctx, false); err != nil || saved.Apps != 3 {
+		t.Fatalf("%+v, %v", saved, err)
+	}
+	b.well(b.act(client.VerbDelete, "all"))
+	if _, err := b.c.Resurrect(b.ctx); err != nil {
+		t.Fatal(err)
+	}
+	b.become("web:0", client.Online)
+	b.until("the job is done again and that is on record", func() bool {
+		st, err := readState(filepath.Join(b.home, "state.json"))
+		return err == nil && len(b.lines("jobs")) == 2 && slices.ContainsFunc(st.Apps, func(a appState) bool {
+			return a.Spec.Name == "job" && a.Instances[0].State == client.Stopped
+		})
+	})
+	b.crash()
+	if now := b.list(); now["off:0"].State != client.Stopped || now["job:0"].State != client.Stopped || now["web:0"].State != client.Online || len(b.lines("jobs")) != 2 {
+		t.Errorf("%+v; the job ran %d times", now, len(b.lines("jobs")))
+	}
+	b.well(b.c.Resurrect(b.ctx)) // nothing is missing
+}
+
 func TestResetIsRemembered(t *testing.T) {
 	b := newBox(t)
 	b.start(b.app("web", forever))
