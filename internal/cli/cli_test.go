@@ -172,6 +172,11 @@ func TestExitCodes(t *testing.T) {
 	if _, err := os.Stat(none); err == nil {
 		t.Error("commands that only look have made the home folder")
 	}
+	lost := newHome(t)
+	if err := os.WriteFile(filepath.Join(lost, "state.json"), []byte(`{"version":1,"apps":[{},{}]}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	remuda(t, lost, "list").want(t, 0, "id  name", "its list holds 2 apps: `remuda start all`")
 	// A daemon that does not start: its words and exit code 1.
 	o := remuda(t, none, "stop", "web")
 	o.want(t, ExitFailed, "", "this keeper refuses to run")

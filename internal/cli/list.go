@@ -3,9 +3,11 @@ package cli
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -38,7 +40,7 @@ table is told what is wrong.`,
 			}
 			list, err := c.client.List(ctx, args...)
 			if nothingRuns(err) && len(args) == 0 {
-				c.say("%s", err)
+				c.sayNone(err)
 				list, err = nil, nil
 			}
 			if err != nil {
@@ -62,6 +64,23 @@ table is told what is wrong.`,
 // nor one that is in trouble.
 func nothingRuns(err error) bool {
 	return errors.Is(err, client.ErrUnreachable) && !errors.Is(err, os.ErrPermission) && !headless(err)
+}
+
+// sayNone tells that no daemon runs, and of the apps of one that was lost.
+func (c *cli) sayNone(err error) {
+	c.say("%s", err)
+	if n := stateApps(filepath.Join(c.client.Home(), "state.json")); n > 0 {
+		c.say("its list holds %s: `remuda start all` brings them back", plural(n, "app"))
+	}
+}
+
+// stateApps is how many apps a state file holds, 0 where it cannot be read.
+func stateApps(path string) int {
+	var state struct{ Apps []json.RawMessage }
+	if b, err := os.ReadFile(path); err != nil || json.Unmarshal(b, &state) != nil {
+		return 0
+	}
+	return len(state.Apps)
 }
 
 func notNil[T any](s []T) []T {
@@ -267,7 +286,7 @@ func (c *cli) prettylistCommand() *cobra.Command {
 func (c *cli) jlist(ctx context.Context, targets []string, secrets, indent bool) error {
 	list, err := c.client.Describe(ctx, secrets, targets...)
 	if nothingRuns(err) && len(targets) == 0 {
-		c.say("%s", err)
+		c.sayNone(err)
 		list, err = nil, nil
 	}
 	if err != nil {
