@@ -337,7 +337,13 @@ func (c *Client) restarting(err error, changesNothing bool) bool {
 	if !refused && (!cut || !changesNothing) {
 		return false
 	}
-	f, err := os.Open(filepath.Join(c.home, "keeper.lock"))
+	// A controller whose keeper was killed becomes the next keeper.
+	return held(filepath.Join(c.home, "keeper.lock")) || held(filepath.Join(c.home, "controller.lock"))
+}
+
+// held says whether a process holds a lock.
+func held(path string) bool {
+	f, err := os.Open(path)
 	if err != nil {
 		return false
 	}

@@ -108,7 +108,7 @@ func verdict(st supervise.Status, begin time.Time, late bool) string {
 		if st.State == supervise.StateErrored && st.Reason != "" {
 			return how + "; " + st.Reason
 		}
-		if e.At.Sub(begin) < 2*restMost {
+		if e.Err == "" && e.At.Sub(begin) < 2*restMost {
 			how += " at once"
 		}
 		return how

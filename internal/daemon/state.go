@@ -166,17 +166,17 @@ func syncDir(dir string) error {
 // errFuture says that a state file was written by a newer Remuda.
 var errFuture = errors.New("written by a newer Remuda")
 
-// loadState reads the state file, or its copy where the file is damaged; then
-// a warning says so. No file at all is an empty state.
+// loadState reads the state file, or its copy where the file is damaged or
+// gone; then a warning says so. Neither of the two is an empty state.
 func loadState(path string) (st state, warning string, err error) {
 	st, err = readState(path)
 	switch {
 	case err == nil:
 		return st, "", nil
 	case errors.Is(err, fs.ErrNotExist):
-		return state{Version: stateVersion}, "", nil
+		return loadCopy(path)
 	case errors.Is(err, errFuture):
-		return state{}, "", fmt.Errorf("%w: run that version, or move the file away (its apps are then forgotten)", err)
+		return state{}, "", fmt.Errorf("%w: run that version, or move the file and %s away (their apps are then forgotten)", err, filepath.Base(path)+".bak")
 	}
 	copied, cerr := readState(path + ".bak")
 	if cerr != nil {
@@ -187,6 +187,18 @@ func loadState(path string) (st state, warning string, err error) {
 		return state{}, "", fmt.Errorf("%w, and it cannot be moved away: %w", err, rerr)
 	}
 	return copied, fmt.Sprintf("%v: it was moved to %s and the copy used", err, aside), nil
+}
+
+// loadCopy is loadState where there is no state file.
+func loadCopy(path string) (state, string, error) {
+	copied, err := readState(path + ".bak")
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return state{Version: stateVersion}, "", nil
+	case err != nil:
+		return state{}, "", fmt.Errorf("%w: repair it, or move it away (its apps are then forgotten)", err)
+	}
+	return copied, fmt.Sprintf("the state file %s is gone: its copy was used", path), nil
 }
 
 func readState(path string) (state, error) {
