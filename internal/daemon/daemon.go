@@ -25,6 +25,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -120,11 +121,16 @@ func RunKeeper(ctx context.Context, o Options) error {
 	if err := os.MkdirAll(filepath.Join(o.Home, "logs"), 0o700); err != nil {
 		return fmt.Errorf("cannot make the daemon's folder: %w", err)
 	}
-	unlock, err := lock(filepath.Join(o.Home, "keeper.lock"), 5*time.Second)
+	l, err := inheritedLock()
 	if err != nil {
 		return err
 	}
-	defer unlock()
+	if l == nil {
+		if l, err = lock(filepath.Join(o.Home, "keeper.lock"), 5*time.Second); err != nil {
+			return err
+		}
+	}
+	defer l.Close()
 	return keeper.Run(ctx, keeper.Options{
 		Controller: keeper.Command{Path: o.Binary, Args: []string{o.Binary, "controller", "--home", o.Home}},
 		Tag:        Tag(o.Home),
@@ -133,7 +139,7 @@ func RunKeeper(ctx context.Context, o Options) error {
 
 // lock takes a lock that only a live process can hold. It waits a while for a
 // holder that may be about to end.
-func lock(path string, wait time.Duration) (unlock func(), err error) {
+func lock(path string, wait time.Duration) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("cannot open the lock: %w", err)
@@ -141,7 +147,7 @@ func lock(path string, wait time.Duration) (unlock func(), err error) {
 	for end := time.Now().Add(wait); ; time.Sleep(5 * time.Millisecond) {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
-			return func() { f.Close() }, nil
+			return f, nil
 		}
 		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(end) {
 			f.Close()
@@ -150,17 +156,47 @@ func lock(path string, wait time.Duration) (unlock func(), err error) {
 	}
 }
 
+// lockVar hands the descriptor of the keeper's lock to a controller's next
+// self.
+const lockVar = "REMUDA_KEEPER_LOCK"
+
+// bequeath lets a lock outlive this process's program.
+func bequeath(l *os.File) error {
+	if _, err := unix.FcntlInt(l.Fd(), unix.F_SETFD, 0); err != nil {
+		return os.NewSyscallError("fcntl", err)
+	}
+	return os.Setenv(lockVar, strconv.Itoa(int(l.Fd())))
+}
+
+// inheritedLock is the lock that bequeath left, nil where there is none.
+func inheritedLock() (*os.File, error) {
+	text, ok := os.LookupEnv(lockVar)
+	if !ok {
+		return nil, nil
+	}
+	fd, err := strconv.Atoi(text)
+	if err != nil {
+		return nil, fmt.Errorf("%s=%.20q: %w", lockVar, text, err)
+	}
+	unix.CloseOnExec(fd)
+	l := os.NewFile(uintptr(fd), "keeper.lock")
+	if err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, fmt.Errorf("the lock of the keeper was not handed over: %w", err)
+	}
+	return l, os.Unsetenv(lockVar)
+}
+
 // RunController is the controller process. It returns when it was told to end,
 // be it alone (upgrade) or with everything (kill).
 func RunController(ctx context.Context, o Options, keeperFD int) error {
 	// What was supervised must not outlive this process in the page tables
 	// only because the collector is lazy: the daemon is judged by its size.
 	debug.SetGCPercent(50)
-	unlock, err := lock(filepath.Join(o.Home, "controller.lock"), 5*time.Second)
+	l, err := lock(filepath.Join(o.Home, "controller.lock"), 5*time.Second)
 	if err != nil {
 		return err
 	}
-	defer unlock()
+	defer l.Close()
 	client, inventory, err := keeper.Connect(ctx, keeperFD)
 	if err != nil {
 		return fmt.Errorf("cannot reach the keeper: %w", err)
@@ -324,6 +360,13 @@ func (d *Daemon) afterEnd(ctx context.Context, srv *http.Server) error {
 func (d *Daemon) afterKeeper() error {
 	d.log.Error("the keeper is gone: its processes are ended and started anew")
 	d.timers.stop()
+	// Its lock is ours from now on, so that no other daemon comes up meanwhile
+	// and commands see that one is coming.
+	l, err := lock(filepath.Join(d.home, "keeper.lock"), time.Second)
+	if err != nil {
+		return fmt.Errorf("the keeper is gone, and another has come: %w", err)
+	}
+	defer l.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	d.detach(ctx) // starts under way fail at once, as there is no keeper
@@ -332,6 +375,9 @@ func (d *Daemon) afterKeeper() error {
 	}
 	if os.Getenv("NOTIFY_SOCKET") != "" || os.Getenv("INVOCATION_ID") != "" {
 		return errors.New("the keeper is gone; the service manager will start the daemon again")
+	}
+	if err := bequeath(l); err != nil {
+		return err
 	}
 	args := []string{d.binary, "keeper", "--home", d.home}
 	return fmt.Errorf("cannot start a new keeper: %w", syscall.Exec(d.binary, args, os.Environ()))
