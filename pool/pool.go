@@ -68,6 +68,7 @@ type Pool struct {
 	closing  bool
 	drained  chan struct{} // closed when refusing and nothing is open
 	stats    counters
+	use      usage
 
 	closeOnce sync.Once
 	closeErr  error
@@ -186,7 +187,12 @@ func (p *Pool) Do(ctx context.Context, t Task) (Result, error) {
 	if err := ctx.Err(); err != nil {
 		return Result{}, gaveUp(err)
 	}
-	c := &call{p: p, task: t, done: make(chan struct{}), timeout: t.Timeout, asked: time.Now()}
+	return p.do(ctx, &t)
+}
+
+// do is the innermost layer of Do: the queue and the workers. It does not keep t.
+func (p *Pool) do(ctx context.Context, t *Task) (Result, error) {
+	c := &call{p: p, task: *t, done: make(chan struct{}), timeout: t.Timeout, asked: time.Now()}
 	if c.timeout == 0 {
 		c.timeout = p.o.Timeout
 	}
@@ -255,6 +261,10 @@ func (p *Pool) assign(w *worker, c *call) {
 	if w.listed {
 		p.ready.remove(w)
 	}
+	now := time.Now()
+	if w.load == 0 {
+		p.use.change(now, 1, 0)
+	}
 	w.load++
 	w.sent++
 	if p.o.MaxTasks > 0 && w.sent >= p.o.MaxTasks {
@@ -264,7 +274,7 @@ func (p *Pool) assign(w *worker, c *call) {
 	p.running++
 	c.w, c.lost, c.settled = w, false, false
 	c.attempts++
-	c.began = time.Now()
+	c.began = now
 	c.prev, c.next = nil, p.active
 	if c.next != nil {
 		c.next.prev = c
@@ -375,7 +385,7 @@ func (p *Pool) settle(c *call, body []byte, err error) (next *call) {
 	if w.listed {
 		p.ready.remove(w)
 	}
-	w.load--
+	p.unload(w)
 	var te *TaskError
 	if !w.answered && (err == nil || errors.As(err, &te)) {
 		w.answered = true
@@ -398,6 +408,13 @@ func (p *Pool) settle(c *call, body []byte, err error) (next *call) {
 		p.list(w)
 	}
 	return next
+}
+
+// unload: w has one task less.
+func (p *Pool) unload(w *worker) {
+	if w.load--; w.load == 0 {
+		p.use.change(time.Now(), -1, 0)
+	}
 }
 
 func stopTimer(c *call) {
@@ -510,7 +527,7 @@ func (p *Pool) bury(w *worker, calls []*call) (again []*call) {
 	for _, c := range calls {
 		p.running--
 		p.unlink(c)
-		w.load--
+		p.unload(w)
 		if c.ended {
 			stopTimer(c)
 			continue

@@ -117,13 +117,9 @@ func (p *Pool) Stats() Stats {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s := &p.stats
-	idle := 0
-	for w := p.ready.first[0]; w != nil; w = w.next {
-		idle++
-	}
 	queued := min(p.q.n, p.o.Queue)
 	return Stats{
-		Size: p.o.Size, Up: p.up, Busy: max(p.up-idle, 0), Queued: queued, Blocked: p.q.n - queued, Running: p.running,
+		Size: p.o.Size, Up: p.up, Busy: min(p.use.busy, p.up), Queued: queued, Blocked: p.q.n - queued, Running: p.running,
 		Accepted: s.Accepted, Done: s.Done, Failed: s.Failed, TimedOut: s.TimedOut, Cancelled: s.Cancelled,
 		Lost: s.Lost, Rejected: s.Rejected, Retried: s.Retried, Died: s.Died, Recycled: s.Recycled,
 		Wait: s.wait.sum(), Run: s.run.sum(),

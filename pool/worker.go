@@ -156,6 +156,7 @@ func (w *worker) opened() {
 	defer p.mu.Unlock()
 	w.up, w.wasUp = true, true
 	p.up++
+	p.use.change(time.Now(), 0, 1)
 	s := &p.slots[w.slot]
 	if s.fails >= failFast {
 		p.failing--
@@ -181,6 +182,7 @@ func (w *worker) down() {
 	if w.up {
 		w.up = false
 		w.p.up--
+		w.p.use.change(time.Now(), 0, -1)
 	}
 	if w.listed {
 		w.p.ready.remove(w)
