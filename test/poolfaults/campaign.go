@@ -33,7 +33,7 @@ const (
 	grace      = 300 * time.Millisecond
 	// hung is when a task counts as one that never ends: with all its attempts
 	// it has to wait for others that use up their patience.
-	hung      = 120 * time.Second
+	hung = 120 * time.Second
 )
 
 // campaign is one run.

@@ -1,0 +1,1 @@
+export default (task) => ({ n: task.n * 2 })

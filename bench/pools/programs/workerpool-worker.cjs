@@ -1,0 +1,1 @@
+require('workerpool').worker({ work: (task) => ({ n: task.n * 2 }) })
