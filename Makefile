@@ -15,8 +15,9 @@ LINT_VERSION := v2.15.0
 export LINT_VERSION
 FUZZTIME ?= 60s
 ROUNDS ?= 200
+TASKS ?= 1000000
 
-.PHONY: help build run test lint race fuzz campaign bench bench-peers clean
+.PHONY: help build run test lint race fuzz campaign faults bench bench-peers bench-pools clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,6 +48,10 @@ campaign: ## the crash campaign: ROUNDS (200) rounds of kill -9
 	@scripts/need.sh go node python3
 	go run ./test/campaign -rounds $(ROUNDS)
 
+faults: ## TASKS (1,000,000) tasks for pools whose workers are made to fail
+	@scripts/need.sh go node python3
+	go run ./test/poolfaults -tasks $(TASKS)
+
 bench: ## the packages' own benchmarks
 	@scripts/need.sh go
 	go test -run '^$$' -bench . -benchmem ./...
@@ -54,6 +59,10 @@ bench: ## the packages' own benchmarks
 bench-peers: ## beside PM2 and supervisord, in one run
 	@scripts/need.sh go node npm supervisord
 	go run ./bench/peers
+
+bench-pools: ## package pool beside the seed's, tinypool, workerpool and multiprocessing
+	@scripts/need.sh go node npm python3
+	go run ./bench/pools
 
 clean: ## remove what was built
 	rm -rf bin bench/out coverage.out
