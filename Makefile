@@ -37,7 +37,7 @@ lint: ## golangci-lint, pinned
 	@scripts/lint.sh
 
 race: ## go test -race ./...
-	@scripts/need.sh go cc node python3
+	@scripts/need.sh go cc node npm python3
 	go test -race -p 2 -timeout 15m ./...
 
 fuzz: ## every fuzz target for FUZZTIME (60s)

@@ -15,7 +15,7 @@ step() {
 trap 'code=$?; [ $code -eq 0 ] || printf "\n==== %s: FAILED with exit code %d after %ds (whole run: %ds)\n" "$section" $code $((SECONDS - began)) $SECONDS' EXIT
 
 tools() {
-	scripts/need.sh go cc node python3
+	scripts/need.sh go cc node npm python3
 	go version
 	printf 'node %s, %s, %s cores, user %s, HOME=%s, GOFLAGS=%s\n' \
 		"$(node --version)" "$(python3 --version)" "$(nproc)" "$(id -un 2>/dev/null || id -u)" "${HOME-}" "${GOFLAGS-}"
