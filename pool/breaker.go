@@ -138,9 +138,6 @@ type BreakerStats struct {
 	FellBack       uint64 `json:"fell_back"`       // tasks that Fallback took the place of
 }
 
-// doFunc does a task. The layers around a pool are made of them.
-type doFunc func(context.Context, Task) (Result, error)
-
 // breaker is a circuit breaker. It has neither goroutine nor timer: that it may
 // be tried again shows when the next task comes.
 type breaker struct {
@@ -200,26 +197,15 @@ func isFailure(err error) bool {
 	return errors.Is(err, ErrWorkerDied) || errors.Is(err, ErrTimeout) || errors.Is(err, ErrNoWorkers)
 }
 
-// do does a task by next where the breaker lets it through.
-func (b *breaker) do(ctx context.Context, t Task, next doFunc) (Result, error) {
-	p, err := b.enter()
-	if err != nil {
-		return Result{}, err
-	}
-	r, err := next(ctx, t)
-	b.leave(p, err)
-	return r, err
-}
-
 // fallback returns what Do returns for a task that ended with err.
-func (b *breaker) fallback(ctx context.Context, t Task, r Result, err error) (Result, error) {
+func (b *breaker) fallback(ctx context.Context, t *Task, r Result, err error) (Result, error) {
 	if b.o.Fallback == nil || !errors.Is(err, ErrBreakerOpen) && b.sort(err) != bad {
 		return r, err
 	}
 	b.mu.Lock()
 	b.fellBack++
 	b.mu.Unlock()
-	return b.o.Fallback(ctx, t, err)
+	return b.o.Fallback(ctx, *t, err)
 }
 
 // verdict is what the end of a task says about the pool.

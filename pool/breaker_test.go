@@ -31,11 +31,6 @@ type modelEnd struct {
 	failed bool
 }
 
-type modelCall struct {
-	term  int
-	probe bool
-}
-
 // enter is what becomes of call n.
 func (m *breakerModel) enter(now time.Time, n int) bool {
 	switch m.state {
@@ -202,6 +197,15 @@ func TestBreakerModel(t *testing.T) {
 	})
 }
 
+func guard(b *breaker, task func() error) error {
+	p, err := b.enter()
+	if err == nil {
+		err = task()
+		b.leave(p, err)
+	}
+	return err
+}
+
 func TestBreakerSorts(t *testing.T) {
 	task := &TaskError{Message: "no"}
 	for _, c := range []struct {
@@ -267,16 +271,16 @@ func TestBreakerOneProbe(t *testing.T) {
 		}
 		died := &WorkerError{Kind: ErrWorkerDied}
 		for round := range 20 {
-			_, _ = b.do(context.Background(), Task{}, func(context.Context, Task) (Result, error) { return Result{}, died })
+			_ = guard(b, func() error { return died })
 			time.Sleep(time.Second)
 			var wg sync.WaitGroup
 			var mu sync.Mutex
 			through, refused := 0, 0
 			for range 1000 {
 				wg.Go(func() {
-					_, err := b.do(context.Background(), Task{}, func(context.Context, Task) (Result, error) {
+					err := guard(b, func() error {
 						time.Sleep(time.Second / 2)
-						return Result{}, nil
+						return nil
 					})
 					mu.Lock()
 					defer mu.Unlock()
@@ -353,11 +357,10 @@ func TestBreakerFallback(t *testing.T) {
 		t.Fatal(err)
 	}
 	do := func(end error) (string, error) {
-		ctx := context.Background()
-		task := Task{Body: []byte("x")}
-		r, err := b.do(ctx, task, func(context.Context, Task) (Result, error) { return Result{Body: []byte("y")}, end })
+		r := Result{Body: []byte("y")}
+		err := guard(b, func() error { return end })
 		if err != nil {
-			r, err = b.fallback(ctx, task, r, err)
+			r, err = b.fallback(context.Background(), &Task{Body: []byte("x")}, r, err)
 		}
 		return string(r.Body), err
 	}

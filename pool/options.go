@@ -94,6 +94,11 @@ type Options struct {
 	// Node handler that computes does). 0: never.
 	Heartbeat time.Duration
 
+	// Breaker puts a circuit breaker around the pool; nil: none. Cache keeps
+	// results and lets tasks share them; nil: none. Neither is changed.
+	Breaker *BreakerOptions
+	Cache   *CacheOptions
+
 	// StartTimeout bounds the time until a worker is ready. 0: 30 seconds.
 	StartTimeout time.Duration
 	// Backoff is the wait before a worker is started again that ended before it

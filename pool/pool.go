@@ -32,6 +32,9 @@ type Task struct {
 	// Idempotent says that the task may be done twice: it is tried again where
 	// its worker died.
 	Idempotent bool
+	// CacheKey lets the result be shared with all tasks of the same Name and
+	// CacheKey, where Options.Cache is set: see [CacheOptions]. "": not.
+	CacheKey string
 	// OnProgress and OnChunk are given what the worker sends ahead of its
 	// result, in order; [Frames] only. They hold up the worker's other answers,
 	// so they must be quick, and one may still run when Do returns early. nil:
@@ -46,6 +49,10 @@ type Result struct {
 	Run      time.Duration // on that worker
 	PID      int           // of that worker; 0 for Exec and where there was none
 	Attempts int           // workers it was given to
+	// Cached says that the task was not done for this call: the result was kept
+	// or is another call's, see [CacheOptions]. The other fields are zero where
+	// it was kept; else Wait is how long this call has waited, and Run is zero.
+	Cached bool
 }
 
 // Pool is a set of workers. Its methods may be called concurrently.
@@ -69,6 +76,9 @@ type Pool struct {
 	drained  chan struct{} // closed when refusing and nothing is open
 	stats    counters
 	use      usage
+
+	breaker *breaker // nil: none
+	cache   *cache   // nil: none
 
 	closeOnce sync.Once
 	closeErr  error
@@ -119,6 +129,9 @@ func start(o Options, launch launchFunc) (*Pool, error) {
 	p := &Pool{
 		o: o, launch: launch, slots: make([]slot, o.Size), drained: make(chan struct{}),
 		sup: supervise.New(supervise.Options{Starts: 8}),
+	}
+	if err := p.addLayers(); err != nil {
+		return nil, err
 	}
 	p.ready.first = make([]*worker, o.Concurrency+1)
 	p.ready.least = len(p.ready.first)
@@ -186,6 +199,10 @@ func (p *Pool) Do(ctx context.Context, t Task) (Result, error) {
 	}
 	if err := ctx.Err(); err != nil {
 		return Result{}, gaveUp(err)
+	}
+	if p.breaker != nil || p.cache != nil {
+		layered := t // t itself stays on the stack
+		return p.layered(ctx, &layered)
 	}
 	return p.do(ctx, &t)
 }
@@ -611,6 +628,9 @@ func (p *Pool) close(ctx context.Context) error {
 	}
 	p.refuse()
 	p.mu.Unlock()
+	if p.cache != nil {
+		p.cache.close()
+	}
 	var cut error
 	select {
 	case <-p.drained:
@@ -623,6 +643,9 @@ func (p *Pool) close(ctx context.Context) error {
 			}
 		}
 		p.mu.Unlock()
+	}
+	if p.cache != nil {
+		p.cache.wait()
 	}
 	err := p.sup.Shutdown(ctx)
 	if err != nil {

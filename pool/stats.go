@@ -28,6 +28,9 @@ type Stats struct {
 	Died     uint64 // workers that ended without being asked to
 	Recycled uint64 // workers replaced by MaxTasks or MaxAge
 
+	Breaker *BreakerStats // nil: none
+	Cache   *CacheStats   // nil: none
+
 	Wait Times // in the queue, of tasks that came to a worker
 	Run  Times // on a worker
 }
@@ -114,6 +117,16 @@ func (s *counters) count(c *call, err error) {
 
 // Stats returns the pool as it is now.
 func (p *Pool) Stats() Stats {
+	var (
+		breaker *BreakerStats
+		cache   *CacheStats
+	)
+	if p.breaker != nil {
+		breaker = p.breaker.stats()
+	}
+	if p.cache != nil {
+		cache = p.cache.stats()
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s := &p.stats
@@ -122,6 +135,7 @@ func (p *Pool) Stats() Stats {
 		Size: p.o.Size, Up: p.up, Busy: min(p.use.busy, p.up), Queued: queued, Blocked: p.q.n - queued, Running: p.running,
 		Accepted: s.Accepted, Done: s.Done, Failed: s.Failed, TimedOut: s.TimedOut, Cancelled: s.Cancelled,
 		Lost: s.Lost, Rejected: s.Rejected, Retried: s.Retried, Died: s.Died, Recycled: s.Recycled,
+		Breaker: breaker, Cache: cache,
 		Wait: s.wait.sum(), Run: s.run.sum(),
 	}
 }
