@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -145,7 +146,7 @@ type figure struct {
 // foreign measures a pool that is not ours.
 func (b *bench) foreign(argv ...string) measure {
 	return func(ctx context.Context, concurrency int) (figure, error) {
-		args := append(argv[1:len(argv):len(argv)], strconv.Itoa(b.workers), strconv.Itoa(concurrency), strconv.Itoa(int(b.length.Milliseconds())))
+		args := slices.Concat(argv[1:], []string{strconv.Itoa(b.workers), strconv.Itoa(concurrency), strconv.Itoa(int(b.length.Milliseconds()))})
 		cmd := exec.CommandContext(ctx, argv[0], args...)
 		cmd.Dir = b.dir
 		cmd.Stderr = os.Stderr

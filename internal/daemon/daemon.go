@@ -25,14 +25,11 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/remuda-dev/remuda/client"
 	"github.com/remuda-dev/remuda/internal/api"
@@ -131,59 +128,15 @@ func RunKeeper(ctx context.Context, o Options) error {
 		}
 	}
 	defer l.Close()
+	n, err := lockName(Tag(o.Home), o.Home, 5*time.Second)
+	if err != nil {
+		return err
+	}
+	defer n.Close()
 	return keeper.Run(ctx, keeper.Options{
 		Controller: keeper.Command{Path: o.Binary, Args: []string{o.Binary, "controller", "--home", o.Home}},
 		Tag:        Tag(o.Home),
 	})
-}
-
-// lock takes a lock that only a live process can hold. It waits a while for a
-// holder that may be about to end.
-func lock(path string, wait time.Duration) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("cannot open the lock: %w", err)
-	}
-	for end := time.Now().Add(wait); ; time.Sleep(5 * time.Millisecond) {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return f, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(end) {
-			f.Close()
-			return nil, fmt.Errorf("another daemon runs in %s (lock %s: %w)", filepath.Dir(path), filepath.Base(path), err)
-		}
-	}
-}
-
-// lockVar hands the descriptor of the keeper's lock to a controller's next
-// self.
-const lockVar = "REMUDA_KEEPER_LOCK"
-
-// bequeath lets a lock outlive this process's program.
-func bequeath(l *os.File) error {
-	if _, err := unix.FcntlInt(l.Fd(), unix.F_SETFD, 0); err != nil {
-		return os.NewSyscallError("fcntl", err)
-	}
-	return os.Setenv(lockVar, strconv.Itoa(int(l.Fd())))
-}
-
-// inheritedLock is the lock that bequeath left, nil where there is none.
-func inheritedLock() (*os.File, error) {
-	text, ok := os.LookupEnv(lockVar)
-	if !ok {
-		return nil, nil
-	}
-	fd, err := strconv.Atoi(text)
-	if err != nil {
-		return nil, fmt.Errorf("%s=%.20q: %w", lockVar, text, err)
-	}
-	unix.CloseOnExec(fd)
-	l := os.NewFile(uintptr(fd), "keeper.lock")
-	if err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return nil, fmt.Errorf("the lock of the keeper was not handed over: %w", err)
-	}
-	return l, os.Unsetenv(lockVar)
 }
 
 // RunController is the controller process. It returns when it was told to end,

@@ -98,6 +98,36 @@ func TestWhatIsReadyStaysReadyOverACrash(t *testing.T) {
 	}
 }
 
+// A daemon whose folder was removed still runs its programs, and a second one
+// would take them for what a crash left behind.
+func TestFolderRemovedUnderTheDaemon(t *testing.T) {
+	b := newBox(t)
+	b.start(b.app("a", forever))
+	info, err := b.c.Info(b.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid := b.list()["a:0"].PID
+	if err := errors.Join(os.RemoveAll(b.home), os.MkdirAll(b.home, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = client.New(b.home).Launch(b.ctx, exe)
+	if want := fmt.Sprintf("`kill %d`", info.KeeperPID); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("a second daemon: %v, want an error with %s", err, want)
+	}
+	if syscall.Kill(pid, 0) != nil {
+		t.Error("the program was ended")
+	}
+	if err := syscall.Kill(info.KeeperPID, syscall.SIGTERM); err != nil {
+		t.Error(err)
+	}
+	b.until("the first daemon is gone", func() bool { return syscall.Kill(info.KeeperPID, 0) != nil && syscall.Kill(pid, 0) != nil })
+}
+
 // What comes and goes leaves no descriptor behind, in neither process.
 func TestNothingLeaks(t *testing.T) {
 	b := newBox(t)

@@ -46,7 +46,6 @@ type campaign struct {
 	log     string
 	began   time.Time
 	next    atomic.Uint64
-	pids    sync.Map // of the helpers that are no workers
 	kills   atomic.Int64
 	stops   atomic.Int64
 	samples []sample
