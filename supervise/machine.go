@@ -51,6 +51,12 @@ type child struct {
 	run     Run
 	counted bool // in Supervisor.live
 
+	// beside is the second run of a replacement, nil where none is under way.
+	// It is ended beside whatever happens to the child, and holds up only the
+	// word that nothing of the child is left: final.
+	beside *beside
+	final  *final
+
 	intent     intent
 	stopSent   bool   // Run.Stop or Run.Kill was called
 	killed     bool   // Run.Kill was called
@@ -88,6 +94,7 @@ type hold struct {
 // attempt is one start, from the decision to the return of Child.Start.
 type attempt struct {
 	c        *child
+	beside   *beside // nil unless it is for a replacement
 	ctx      context.Context
 	cancel   context.CancelFunc
 	job      *job
@@ -134,6 +141,11 @@ func (c *child) status() Status {
 	}
 	if c.run != nil {
 		st.Since = c.runSince
+	}
+	if b := c.beside; b != nil {
+		st.Beside = b.run
+	}
+	if c.run != nil {
 		if c.unstable > 0 && c.stable(time.Now()) {
 			st.Unstable = 0
 		}
@@ -143,6 +155,11 @@ func (c *child) status() Status {
 
 // set moves c to a state and reports it.
 func (s *Supervisor) set(c *child, st State, reason string) {
+	c.final = nil
+	if (st == StateStopped || st == StateErrored) && c.beside != nil {
+		c.final = &final{st, reason}
+		st, reason = StateStopping, "waits for the other run of its replacement to end"
+	}
 	if c.state != st {
 		c.state = st
 		c.stateSince = time.Now()
@@ -260,7 +277,7 @@ func (s *Supervisor) beginAll(set []*child) {
 			c.completed = false
 			c.unstable, c.recent = 0, nil
 		}
-		c.state, c.stateSince = StateWaiting, time.Now()
+		c.state, c.stateSince, c.final = StateWaiting, time.Now(), nil
 	}
 	for _, c := range set {
 		s.begin(c)
@@ -340,7 +357,11 @@ func (s *Supervisor) start(a *attempt) {
 	}
 	a.called = true
 	how := c.spec.Child
-	s.arm(c, c.startTimeout())
+	if a.beside != nil {
+		s.armBeside(a.beside, c.startTimeout())
+	} else {
+		s.arm(c, c.startTimeout())
+	}
 	s.mu.Unlock()
 
 	run, err := call(how, a)
@@ -351,6 +372,10 @@ func (s *Supervisor) start(a *attempt) {
 
 	s.mu.Lock()
 	defer s.unlock()
+	if a.beside != nil {
+		s.startedBeside(a, run, err, ready)
+		return
+	}
 	c.att = nil
 	a.cancel()
 	c.disarm()
@@ -468,8 +493,12 @@ func (s *Supervisor) watch(c *child, run Run, tillReady bool) {
 		defer func() { go s.watch(c, run, false) }()
 		s.mu.Lock()
 		defer s.unlock()
-		if c.run == run && c.state == StateStarting && !s.detached {
+		switch b := c.beside; {
+		case s.detached:
+		case c.run == run && c.state == StateStarting:
 			s.becomeReady(c)
+		case b != nil && b.run == run && !b.old && b.err == nil:
+			s.swap(b)
 		}
 		return
 	}
@@ -485,11 +514,21 @@ func (s *Supervisor) ended(c *child, run Run) {
 	e := run.Exit()
 	s.mu.Lock()
 	defer s.unlock()
-	if s.detached || c.run != run {
+	b := c.beside
+	other := b != nil && b.run == run
+	if s.detached || c.run != run && !other {
 		return
 	}
 	if e.At.IsZero() {
 		e.At = time.Now()
+	}
+	if other {
+		if b.stopSent && e.Cause == "" {
+			e.Cause = b.cause
+		}
+		e.Failed = e.failed()
+		s.besideEnded(b, &e)
+		return
 	}
 	if c.intent != none && e.Cause == "" {
 		e.Cause = c.cause
@@ -498,6 +537,9 @@ func (s *Supervisor) ended(c *child, run Run) {
 		e.Failed = true
 	}
 	e.Failed = e.failed()
+	if s.promote(c, &e) {
+		return
+	}
 	c.lastExit = &e
 	c.run = nil
 	s.down(c, &e)
@@ -532,6 +574,9 @@ func (s *Supervisor) endAll(set []*child, in intent, cause string) {
 	slices.SortFunc(set, bySeq)
 	if len(set) > 1 && s.withDeps > 0 {
 		s.hold(set)
+	}
+	if in != toFail {
+		s.callOffAll(set, cause)
 	}
 	if in == toStop || in == toGiveUp {
 		// Left behind by all of the set before any of their siblings goes on.
@@ -569,7 +614,7 @@ func (s *Supervisor) endAll(set []*child, in intent, cause string) {
 		for _, c := range set {
 			if !c.alive() && c.state != StateWaiting {
 				c.disarm()
-				c.state, c.stateSince = StateWaiting, time.Now()
+				c.state, c.stateSince, c.final = StateWaiting, time.Now(), nil
 				c.next = time.Time{}
 			}
 		}
@@ -654,6 +699,15 @@ func (s *Supervisor) killAll(cause string) {
 			c.cause = cause
 			s.kill(c)
 		}
+		switch b := c.beside; {
+		case b == nil:
+		case b.att != nil:
+			b.att.late = true
+			b.att.cancel()
+		case !b.killed:
+			b.cause = cause
+			s.killBeside(b)
+		}
 	}
 }
 
@@ -698,8 +752,11 @@ func (s *Supervisor) down(c *child, e *Exit) {
 		c.restarts++
 		s.begin(c)
 	}
+	if c.final != nil && !c.beside.concluded {
+		return // see besideOver
+	}
 	s.release(c)
-	if c.removing && !c.alive() {
+	if c.removing && !c.alive() && c.beside == nil {
 		s.forget(c)
 	}
 }

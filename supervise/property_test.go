@@ -100,7 +100,7 @@ func genPlan(t *rapid.T) plan {
 	for range rapid.IntRange(5, 40).Draw(t, "ops") {
 		o := op{
 			wait: rapid.SampledFrom(waits).Draw(t, "wait"),
-			kind: rapid.SampledFrom([]string{"start", "start", "stop", "stop", "restart", "restart", "fail", "crash", "crash", "crash", "unready", "ready", "remove", "add", "add", "update", "reset", "all", "period"}).Draw(t, "kind"),
+			kind: rapid.SampledFrom([]string{"start", "start", "stop", "stop", "restart", "restart", "fail", "crash", "crash", "crash", "unready", "ready", "remove", "add", "add", "update", "reset", "all", "period", "replace", "replace", "replace", "failrun"}).Draw(t, "kind"),
 			spec: rapid.IntRange(0, len(p.specs)-1).Draw(t, "spec"),
 			code: rapid.SampledFrom([]int{0, 1, 7}).Draw(t, "code"),
 		}
@@ -231,6 +231,27 @@ func (p *plan) play(t *testing.T) error {
 			}
 		case "fail":
 			err = s.Fail("probe", names...)
+		case "failrun":
+			for _, x := range names {
+				if st, _ := s.Status(x); o.code == 0 {
+					err = errors.Join(err, s.FailRun("probe", x, st.Run))
+				} else {
+					err = errors.Join(err, s.FailRun("probe", x, st.Beside))
+				}
+			}
+		case "replace":
+			for _, x := range names {
+				c, stop := ctx, context.CancelFunc(func() {})
+				if o.code == 7 {
+					c, stop = context.WithTimeout(ctx, 300*time.Millisecond)
+				}
+				before, _ := s.Status(x)
+				go func() {
+					defer stop()
+					rerr := s.Replace(c, x, "")
+					w.replaced(s, before, rerr)
+				}()
+			}
 		case "crash":
 			for _, x := range names {
 				w.crash(x, o.code)
@@ -373,7 +394,11 @@ func TestNeverTwiceNeverLostNeverUnasked(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		p := genPlan(rt)
 		var err error
-		synctest.Test(t, func(t *testing.T) { err = p.play(t) })
+		synctest.Test(t, func(t *testing.T) {
+			if err = p.play(t); err != nil {
+				rt.Log(err) // what is left of it would panic the bubble before it is told
+			}
+		})
 		if err != nil {
 			rt.Fatal(err)
 		}

@@ -15,7 +15,11 @@ type Child interface {
 	// returned although ctx has ended is stopped by the supervisor.
 	//
 	// Start is never called while an earlier Run of the same child is not
-	// Done, nor while an earlier call has not returned.
+	// Done, nor while an earlier call has not returned; but for a replacement
+	// ([Supervisor.Replace], where Attempt.Beside is set), which is started
+	// beside the run it is to follow, and for the start after one, when the
+	// other run of the two (or its start) may still be on its way to its end.
+	// More than two are never alive.
 	Start(ctx context.Context, a Attempt) (Run, error)
 }
 
@@ -29,6 +33,9 @@ func (f ChildFunc) Start(ctx context.Context, a Attempt) (Run, error) { return f
 type Attempt struct {
 	Restarts int    // restarts so far, this one included; 0 at the first start
 	Cause    string // in words, "" at a plain start: "exited with code 3", "file changed"
+	// Beside is the run that this one is to take the place of when it is
+	// ready, and beside which it is started. nil: nothing runs.
+	Beside Run
 }
 
 // Run is one life of a child. All methods may be called from several
@@ -38,7 +45,7 @@ type Run interface {
 	// means at once.
 	Ready() <-chan struct{}
 	// Done is closed when the run has ended and nothing of it is left. Until
-	// then no other run of the child is started.
+	// then no other run of the child is started, see Child.Start.
 	Done() <-chan struct{}
 	// Exit says how it ended. It is called only after Done is closed.
 	Exit() Exit
@@ -163,6 +170,9 @@ type Adoption struct {
 	Run Run
 	// Since is when Run was started. Zero: now.
 	Since time.Time
+	// Beside is the other run of a replacement that was under way: it is
+	// stopped, with its grace. nil: there is none.
+	Beside Run
 	// State without a Run: StateErrored or StateStopped together with
 	// started = true leave the child so, as its policy had decided before.
 	// Other states mean nothing here.
@@ -239,6 +249,9 @@ type Status struct {
 	Wanted bool
 	// Run is the run that lives, nil where none does.
 	Run Run
+	// Beside is the other run during a replacement: the new one until it is
+	// ready, then the old one until it has ended.
+	Beside Run
 	// Since is when Run was started, or the state entered where none lives.
 	Since time.Time
 	// Restarts counts all restarts since the child was added or reset, asked

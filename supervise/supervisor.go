@@ -228,6 +228,9 @@ func (s *Supervisor) Add(spec Spec, started bool) error {
 		}
 	}
 	s.recheck = true // for those who wait for this name or group
+	if ad != nil && ad.Beside != nil {
+		s.adoptBeside(c, ad.Beside)
+	}
 	switch {
 	case ad != nil && ad.Run != nil:
 		s.adopt(c, ad, ready)
@@ -237,7 +240,7 @@ func (s *Supervisor) Add(spec Spec, started bool) error {
 	case started:
 		s.begin(c)
 	default:
-		s.report(c)
+		s.set(c, StateStopped, "")
 	}
 	return nil
 }
@@ -291,7 +294,7 @@ func (s *Supervisor) Start(names ...string) error {
 				c.intent = toStart
 				s.report(c)
 			}
-		case c.state == StateBackoff, c.state == StateStopped, c.state == StateErrored:
+		case c.state == StateBackoff, c.state == StateStopped, c.state == StateErrored, c.final != nil:
 			fresh = append(fresh, c)
 		}
 	}
@@ -596,10 +599,18 @@ func (s *Supervisor) Detach(ctx context.Context) ([]Status, error) {
 				c.att.cancel()
 				c.att = nil
 			}
+			if b := c.beside; b != nil {
+				b.disarm()
+				if b.att != nil && !b.att.called {
+					b.att.unwanted = true
+					b.att.cancel()
+					b.att = nil
+				}
+			}
 		}
 	}
 	err := s.await(ctx, func() bool {
-		return !slices.ContainsFunc(s.order, func(c *child) bool { return c.att != nil })
+		return !slices.ContainsFunc(s.order, func(c *child) bool { return c.att != nil || c.beside != nil && c.beside.att != nil })
 	})
 	return s.All(), err
 }

@@ -33,8 +33,9 @@ type world struct {
 	kids   map[string]*kid
 	errs   []string
 	log    []string
-	onCall func(what, name string) // under mu
-	idle   bool                    // the model: the supervisor is nested and not started
+	onCall func(what, name string)        // under mu
+	onStop func(r *fakeRun, cause string) // under mu
+	idle   bool                           // the model: the supervisor is nested and not started
 }
 
 type kid struct {
@@ -47,6 +48,8 @@ type kid struct {
 	want    bool // the model: last asked for
 	calm    bool
 	last    Attempt
+
+	replaces bool // it was replaced before
 }
 
 type fakeRun struct {
@@ -91,9 +94,15 @@ func (k *kid) Start(ctx context.Context, a Attempt) (Run, error) {
 	}
 	k.n++
 	k.last = a
-	if k.calls > 0 || len(k.live) > 0 {
+	// The witness cannot know yet that what is there is on its way out, after a
+	// replacement: check does, at the next moment of rest.
+	switch alive := k.calls + len(k.live); {
+	case alive > 1, alive == 1 && a.Beside == nil && !k.replaces:
 		k.w.bad("%s: start while %d starts and %d runs are alive", k.name, k.calls, len(k.live))
+	case a.Beside != nil && alive == 0 && ctx.Err() == nil && !closed(a.Beside.Done()):
+		k.w.bad("%s: start beside what is not alive", k.name)
 	}
+	k.replaces = k.replaces || a.Beside != nil
 	// A stop that comes between the decision and this call has ended ctx.
 	if (!k.want || k.w.idle) && ctx.Err() == nil {
 		k.w.bad("%s: started after a requested stop", k.name)
@@ -205,9 +214,12 @@ func (r *fakeRun) Exit() Exit {
 	return r.exit
 }
 
-func (r *fakeRun) Stop(string) {
+func (r *fakeRun) Stop(cause string) {
 	r.k.w.mu.Lock()
 	r.k.w.note("stop", r.k.name)
+	if r.k.w.onStop != nil {
+		r.k.w.onStop(r, cause)
+	}
 	if r.stop {
 		r.k.w.bad("%s: stopped twice", r.k.name)
 	}
@@ -264,14 +276,28 @@ func (w *world) check(s *Supervisor) {
 	defer w.mu.Unlock()
 	for name, k := range w.kids {
 		st, known := all[name]
+		known2 := 0 // how many live runs the supervisor knows
+		for _, r := range k.live {
+			switch Run(r) {
+			case st.Run:
+				known2++
+			case st.Beside:
+				known2++
+				if st.Run == nil && !r.stop && !r.kill {
+					w.bad("%s: the second run alone is left, and not asked to end; state %s", name, st.State)
+				}
+			default:
+				w.bad("%s: the supervisor has lost a run; state %s", name, st.State)
+			}
+		}
 		switch {
-		case len(k.live) > 1:
-			w.bad("%s: %d live runs", name, len(k.live))
+		case len(k.live)+k.calls > 2:
+			w.bad("%s: %d live runs, %d starts", name, len(k.live), k.calls)
 		case len(k.live)+k.calls > 0 && !known:
 			w.bad("%s: lives and is not known", name)
-		case len(k.live) == 1 && st.Run != Run(k.live[0]):
-			w.bad("%s: the supervisor has lost its run; state %s", name, st.State)
-		case len(k.live) == 0 && st.Run != nil:
+		case st.Run != nil && st.Run == st.Beside:
+			w.bad("%s: the run is beside itself; state %s", name, st.State)
+		case known2 == 0 && st.Run != nil, known2 < 2 && st.Run != nil && st.Beside != nil:
 			w.bad("%s: the supervisor has a dead run; state %s", name, st.State)
 		case len(k.live)+k.calls > 0 && (!k.want || w.idle) && st.State != StateStopping:
 			w.bad("%s: lives, is not wanted and is %s", name, st.State)
