@@ -20,11 +20,11 @@ type ChannelOptions struct {
 // Channel carries frames over a Unix stream socket, either end of it. One
 // goroutine may call Receive; everything else may be called from any.
 type Channel struct {
-	f     *os.File
-	w     *writer
-	r     frameReader
-	reads atomic.Uint64
-	peer  atomic.Int64 // the largest payload that the other side takes
+	f    *os.File
+	w    *writer
+	in   *inbox
+	r    frameReader
+	peer atomic.Int64 // the largest payload that the other side takes
 }
 
 // Pair makes the two ends of a channel, both close-on-exec. The caller owns
@@ -48,23 +48,26 @@ func NewChannel(f *os.File, o ChannelOptions) (*Channel, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Channel{f: f, w: w}
+	in, err := newInbox(f)
+	if err != nil {
+		return nil, err
+	}
+	c := &Channel{f: f, w: w, in: in}
 	c.r.limit = o.MaxFrame
 	if c.r.limit <= 0 {
 		c.r.limit = DefaultMaxFrame
 	}
-	c.r.r = counted{c}
+	c.r.r, c.r.between = in, c.stray
 	c.peer.Store(DefaultMaxFrame)
 	return c, nil
 }
 
-// counted lets a channel know that something was heard.
-type counted struct{ c *Channel }
-
-func (r counted) Read(b []byte) (int, error) {
-	n, err := r.c.f.Read(b)
-	r.c.reads.Add(1)
-	return n, err
+// stray says what is wrong where descriptors are left and all bytes are read.
+func (c *Channel) stray() error {
+	if n := c.in.waiting(); n > 0 {
+		return fmt.Errorf("%w: %d descriptors that no frame has announced", ErrProtocol, n)
+	}
+	return nil
 }
 
 // SetPeerMax sets the largest payload that the other side takes, as its hello
@@ -174,4 +177,5 @@ func (c *Channel) Interrupt() error { return c.f.SetReadDeadline(time.Unix(1, 0)
 func (c *Channel) Close() {
 	c.w.fail(ErrClosed)
 	c.f.Close()
+	c.in.close()
 }

@@ -276,7 +276,7 @@ func (c *frames) Ping() bool {
 	return c.ch.Send(TypePing, id, nil) == nil
 }
 
-func (c *frames) Heard() uint64 { return c.ch.reads.Load() }
+func (c *frames) Heard() uint64 { return c.ch.in.heard.Load() }
 
 func (c *frames) Stop() { _ = c.ch.Send(TypeStop, 0, nil) } // closed: it ends anyway
 

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"time"
+
+	"github.com/remuda-dev/remuda/internal/jsondepth"
 )
 
 // Version is the version of the frames protocol that this package speaks.
@@ -213,7 +215,7 @@ func AppendError(dst []byte, id uint32, e *TaskError) []byte {
 
 // ParseError reads the payload of an error frame.
 func ParseError(b []byte) (*TaskError, error) {
-	if tooDeep(b) {
+	if jsondepth.Exceeds(b, maxDepth) {
 		return nil, fmt.Errorf("%w: error nested deeper than %d", ErrProtocol, maxDepth)
 	}
 	e := new(TaskError)
@@ -228,6 +230,7 @@ const readSize = 16 << 10
 // frameReader takes frames off a stream.
 type frameReader struct {
 	r          io.Reader
+	between    func() error // called when nothing that was read is left; may be nil
 	buf        []byte
 	start, end int
 	limit      int
@@ -296,6 +299,11 @@ func (r *frameReader) fill() error {
 		r.buf = make([]byte, readSize)
 	}
 	if r.start == r.end {
+		if r.end > 0 && r.between != nil {
+			if err := r.between(); err != nil {
+				return err
+			}
+		}
 		r.start, r.end = 0, 0
 	} else if r.start > 0 {
 		r.end = copy(r.buf, r.buf[r.start:r.end])

@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/remuda-dev/remuda/internal/jsondepth"
 )
 
 // maxDepth is how deep arrays and objects of a message may nest.
@@ -189,34 +191,13 @@ func (c *lines) line(b []byte) error {
 func clip(b []byte) []byte { return b[:min(len(b), 64)] }
 
 func checkJSON(b []byte) error {
-	if tooDeep(b) {
+	if jsondepth.Exceeds(b, maxDepth) {
 		return fmt.Errorf("%w: nested deeper than %d", ErrProtocol, maxDepth)
 	}
 	if !json.Valid(b) {
 		return fmt.Errorf("%w: not a JSON value: %q", ErrProtocol, clip(b))
 	}
 	return nil
-}
-
-// tooDeep reports whether b nests deeper than maxDepth, whatever else it is.
-func tooDeep(b []byte) bool {
-	depth, inString := 0, false
-	for i := 0; i < len(b); i++ {
-		switch ch := b[i]; {
-		case inString && ch == '\\':
-			i++
-		case ch == '"':
-			inString = !inString
-		case inString:
-		case ch == '{' || ch == '[':
-			if depth++; depth > maxDepth {
-				return true
-			}
-		case ch == '}' || ch == ']':
-			depth--
-		}
-	}
-	return false
 }
 
 // nodeCommand returns the "cmd" of one of Node's own messages, "" for a

@@ -10,6 +10,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/remuda-dev/remuda/internal/fdpass"
 )
 
 const (
@@ -25,7 +27,8 @@ const (
 
 type segment struct {
 	b   []byte
-	own bool // the writer's own buffer
+	own bool  // the writer's own buffer
+	fds []int // go out with the first byte; the writer's own
 }
 
 // writer writes to one non-blocking descriptor. Whoever queues first becomes
@@ -87,6 +90,42 @@ func (w *writer) queue(head, body []byte) error {
 	w.copy(head, nil)
 	w.segs = append(w.segs, segment{b: body})
 	return nil
+}
+
+// queueFDs is queue for a message with descriptors: they go out with the first
+// byte of head, which is not empty. It takes them over and closes them in any
+// case.
+func (w *writer) queueFDs(head, body []byte, fds []int) error {
+	if len(fds) == 0 {
+		return w.queue(head, body)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	err := w.err
+	if n := len(head) + len(body); err == nil && w.queued > 0 && w.queued+n > w.limit {
+		err = ErrFull
+	}
+	if err != nil {
+		fdpass.Close(fds)
+		return err
+	}
+	w.queued += len(head) + len(body)
+	// Not behind what is there: its first byte must begin a system call.
+	w.segs = append(w.segs, segment{b: append(w.spare[:0], head...), own: true, fds: fds})
+	w.spare = nil
+	if len(body) < copyBelow {
+		w.copy(nil, body)
+	} else {
+		w.segs = append(w.segs, segment{b: body})
+	}
+	return nil
+}
+
+// drop closes the descriptors that were to go out.
+func drop(segs []segment) {
+	for _, s := range segs {
+		fdpass.Close(s.fds)
+	}
 }
 
 func (w *writer) copy(head, body []byte) {
@@ -190,6 +229,8 @@ func (w *writer) written(err error) {
 		if w.err == nil {
 			w.err = err
 		}
+		drop(w.out)
+		drop(w.segs)
 		w.out, w.segs, w.queued = nil, nil, 0
 		return
 	}
@@ -221,21 +262,40 @@ func (w *writer) write(wait bool) error {
 func (w *writer) writeStep(fd uintptr) bool {
 	for {
 		w.vec = w.vec[:0]
+		var with *segment
 		for i := range w.out {
-			if b := w.out[i].b; len(b) > 0 && len(w.vec) < maxVectors {
-				v := unix.Iovec{Base: &b[0]}
-				v.SetLen(len(b))
-				w.vec = append(w.vec, v)
+			s := &w.out[i]
+			if len(s.b) == 0 {
+				continue
 			}
+			if len(w.vec) == maxVectors || len(s.fds) > 0 && len(w.vec) > 0 {
+				break
+			}
+			if len(s.fds) > 0 {
+				with = s
+			}
+			v := unix.Iovec{Base: &s.b[0]}
+			v.SetLen(len(s.b))
+			w.vec = append(w.vec, v)
 		}
 		if len(w.vec) == 0 {
 			return true
 		}
 		var n uintptr
 		var errno syscall.Errno
-		if len(w.vec) == 1 {
+		switch {
+		case with != nil:
+			var sent int
+			var err error
+			if sent, err = fdpass.Send(fd, w.vec, with.fds); err == nil {
+				fdpass.Close(with.fds)
+				with.fds = nil
+			}
+			n = uintptr(sent)
+			errors.As(err, &errno)
+		case len(w.vec) == 1:
 			n, _, errno = unix.Syscall(unix.SYS_WRITE, fd, uintptr(unsafe.Pointer(w.vec[0].Base)), uintptr(w.vec[0].Len))
-		} else {
+		default:
 			n, _, errno = unix.Syscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&w.vec[0])), uintptr(len(w.vec)))
 		}
 		clear(w.vec)
@@ -290,6 +350,7 @@ func (w *writer) fail(err error) {
 	if w.err == nil {
 		w.err = err
 	}
+	drop(w.segs)
 	w.segs = nil
 }
 

@@ -11,14 +11,12 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/remuda-dev/remuda/internal/fdpass"
 	"github.com/remuda-dev/remuda/internal/nodeipc"
 )
 
 const (
 	readSize = 16 << 10
-	// maxFDs is how many descriptors one read can carry (the kernel's
-	// SCM_MAX_FD).
-	maxFDs = 253
 	// maxRetries is how often a handle is sent again that did not arrive, as
 	// in Node.
 	maxRetries = 3
@@ -92,7 +90,7 @@ func (c *parcel) close() {
 type buffers struct{ data, oob []byte }
 
 func newBuffers() *buffers {
-	return &buffers{data: make([]byte, readSize), oob: make([]byte, unix.CmsgSpace(4*maxFDs))}
+	return &buffers{data: make([]byte, readSize), oob: make([]byte, unix.CmsgSpace(4*fdpass.Max))}
 }
 
 // Attach takes over f, the primary's end of a worker's channel (see
@@ -362,7 +360,7 @@ func (w *Worker) run() {
 			break
 		}
 		if oobn > 0 {
-			closePassed(b.oob[:oobn])
+			fdpass.Drop(b.oob[:oobn])
 		}
 		switch {
 		case errors.Is(err, unix.EINTR):
@@ -446,21 +444,4 @@ func (w *Worker) refuse() {
 		w.urgent = append(w.urgent, &parcel{line: []byte(`{"cmd":"` + cmdNack + `"}` + "\n"), fd: -1})
 	}
 	w.flush()
-}
-
-// closePassed closes the descriptors that came with a message.
-func closePassed(oob []byte) {
-	msgs, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return
-	}
-	for i := range msgs {
-		fds, err := unix.ParseUnixRights(&msgs[i])
-		if err != nil {
-			continue
-		}
-		for _, fd := range fds {
-			_ = unix.Close(fd)
-		}
-	}
 }

@@ -19,6 +19,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"github.com/remuda-dev/remuda/internal/fdpass"
 	"github.com/remuda-dev/remuda/proc"
 )
 
@@ -256,7 +257,7 @@ func (w *world) next() *relay {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	fds := rights(oob[:oobn])
+	fds := fdpass.Parse(oob[:oobn])
 	pid, args, _ := strings.Cut(strings.TrimSuffix(string(buf[:n]), "\n"), " ")
 	r := &relay{w: w, args: args, link: os.NewFile(uintptr(s), "relay")}
 	if r.pid, err = strconv.Atoi(pid); err != nil || len(fds) != 1 {

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/remuda-dev/remuda/internal/fdpass"
 	"github.com/remuda-dev/remuda/proc"
 )
 
@@ -190,7 +191,7 @@ func (r *receiver) receive(fd int) (*message, error) {
 	if err != nil {
 		return nil, err
 	}
-	fds := rights(r.oob[:oobn])
+	fds := fdpass.Parse(r.oob[:oobn])
 	if n == 0 && len(fds) == 0 {
 		return nil, io.EOF
 	}
@@ -200,24 +201,6 @@ func (r *receiver) receive(fd int) (*message, error) {
 		return nil, err
 	}
 	return m, nil
-}
-
-// rights takes the descriptors out of control messages.
-func rights(oob []byte) []int {
-	if len(oob) == 0 {
-		return nil
-	}
-	msgs, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return nil
-	}
-	var fds []int
-	for i := range msgs {
-		if f, err := unix.ParseUnixRights(&msgs[i]); err == nil {
-			fds = append(fds, f...)
-		}
-	}
-	return fds
 }
 
 // decodePacket checks a packet's header and gets its body. On an error the

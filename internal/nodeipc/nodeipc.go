@@ -10,7 +10,7 @@
 // All channels of a [Hub] share one goroutine, one epoll and one read buffer,
 // so an idle channel costs a few hundred bytes.
 //
-// It must never import another package of Remuda, start a process, or decide
+// It must never import a package of Remuda above floor 0, start a process, or decide
 // what a message means.
 package nodeipc
 
@@ -24,6 +24,9 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/remuda-dev/remuda/internal/fdpass"
+	"github.com/remuda-dev/remuda/internal/jsondepth"
 )
 
 const (
@@ -40,10 +43,6 @@ const (
 	// readsPerTurn keeps a child that floods its channel from starving the
 	// others: epoll is level triggered and comes back to it.
 	readsPerTurn = 8
-	// maxFDs is how many passed descriptors one read can carry (the kernel's
-	// SCM_MAX_FD); room for fewer would still be safe, the kernel drops the
-	// rest.
-	maxFDs = 253
 )
 
 var (
@@ -371,7 +370,7 @@ func (c *Channel) turn(events uint32, r *reader) {
 	}
 	if r.buf == nil {
 		r.buf = make([]byte, readSize)
-		r.oob = make([]byte, unix.CmsgSpace(4*maxFDs))
+		r.oob = make([]byte, unix.CmsgSpace(4*fdpass.Max))
 	}
 	for range readsPerTurn {
 		more, err := c.read(r)
@@ -399,7 +398,7 @@ func (c *Channel) read(r *reader) (more bool, err error) {
 	n, oobn, _, _, err := unix.Recvmsg(c.fd, r.buf, r.oob, unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
 	c.mu.Unlock()
 	if oobn > 0 {
-		closePassed(r.oob[:oobn])
+		fdpass.Drop(r.oob[:oobn])
 	}
 	switch {
 	case errors.Is(err, unix.EINTR):
@@ -494,7 +493,7 @@ func (c *Channel) line(b []byte) error {
 // decode checks that b is one JSON value of bounded depth and returns its
 // "cmd" where that makes it one of Node's own messages.
 func decode(b []byte) (cmd string, err error) {
-	if tooDeep(b) {
+	if jsondepth.Exceeds(b, MaxDepth) {
 		return "", fmt.Errorf("%w: nested deeper than %d", ErrMalformed, MaxDepth)
 	}
 	if !json.Valid(b) {
@@ -534,49 +533,11 @@ func decode(b []byte) (cmd string, err error) {
 	return cmd, nil
 }
 
-// tooDeep reports whether b nests deeper than MaxDepth, whatever else it is.
-func tooDeep(b []byte) bool {
-	depth, inString := 0, false
-	for i := 0; i < len(b); i++ {
-		switch ch := b[i]; {
-		case inString && ch == '\\':
-			i++
-		case ch == '"':
-			inString = !inString
-		case inString:
-		case ch == '{' || ch == '[':
-			if depth++; depth > MaxDepth {
-				return true
-			}
-		case ch == '}' || ch == ']':
-			depth--
-		}
-	}
-	return false
-}
-
 func clip(b []byte, n int) []byte {
 	if len(b) > n {
 		return b[:n]
 	}
 	return b
-}
-
-// closePassed closes the descriptors that came with a message.
-func closePassed(oob []byte) {
-	msgs, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return
-	}
-	for i := range msgs {
-		fds, err := unix.ParseUnixRights(&msgs[i])
-		if err != nil {
-			continue
-		}
-		for _, fd := range fds {
-			_ = unix.Close(fd)
-		}
-	}
 }
 
 // end closes the channel and tells its owner why, unless that was its owner.

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/remuda-dev/remuda/internal/fdpass"
 )
 
 const (
@@ -145,18 +147,13 @@ func (n *Notifier) receive(on func(Message)) {
 
 // credentials returns the sender and closes descriptors that came along.
 func credentials(oob []byte) *unix.Ucred {
+	fdpass.Drop(oob)
 	msgs, err := unix.ParseSocketControlMessage(oob)
 	if err != nil {
 		return nil
 	}
 	var cred *unix.Ucred
 	for i := range msgs {
-		if fds, err := unix.ParseUnixRights(&msgs[i]); err == nil {
-			for _, fd := range fds {
-				_ = unix.Close(fd)
-			}
-			continue
-		}
 		if c, err := unix.ParseUnixCredentials(&msgs[i]); err == nil {
 			cred = c
 		}

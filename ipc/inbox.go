@@ -1,0 +1,136 @@
+package ipc
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"github.com/remuda-dev/remuda/internal/fdpass"
+)
+
+// MaxFiles is how many descriptors a message carries at most.
+const MaxFiles = 16
+
+// inbox reads a Unix socket and keeps the descriptors that come along until
+// they are taken. One goroutine reads and takes; any may close.
+type inbox struct {
+	rc    syscall.RawConn
+	in    *fdpass.Receiver
+	heard atomic.Uint64
+
+	// Of the one that reads.
+	buf  []byte
+	n    int
+	got  []int
+	err  error
+	step func(uintptr) bool
+
+	mu     sync.Mutex
+	fds    []int // in the order in which they came
+	closed bool
+}
+
+func newInbox(f *os.File) (*inbox, error) {
+	rc, err := f.SyscallConn()
+	if err != nil {
+		return nil, fmt.Errorf("ipc: %w", err)
+	}
+	in := &inbox{rc: rc, in: fdpass.NewReceiver(MaxFiles)}
+	in.step = func(fd uintptr) bool {
+		in.n, in.got, in.err = in.in.Receive(fd, in.buf)
+		return !errors.Is(in.err, syscall.EAGAIN)
+	}
+	return in, nil
+}
+
+// Read implements io.Reader. ErrProtocol: more descriptors came than messages
+// can have announced.
+func (in *inbox) Read(b []byte) (int, error) {
+	in.buf = b
+	err := in.rc.Read(in.step)
+	in.buf = nil
+	in.heard.Add(1)
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return 0, err
+	case err != nil:
+		return 0, os.ErrClosed
+	case errors.Is(in.err, fdpass.ErrTruncated):
+		return 0, fmt.Errorf("%w: %w", ErrProtocol, in.err)
+	case in.err != nil:
+		return 0, os.NewSyscallError("recvmsg", in.err)
+	}
+	if len(in.got) > 0 {
+		if err := in.add(in.got); err != nil {
+			return 0, err
+		}
+		in.got = nil
+	}
+	if in.n == 0 {
+		return 0, io.EOF
+	}
+	return in.n, nil
+}
+
+func (in *inbox) add(fds []int) error {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	// A read ends behind the first byte of a message with descriptors, so there
+	// is one message whose rest is awaited and the one behind it.
+	if in.closed || len(in.fds)+len(fds) > 2*MaxFiles {
+		fdpass.Close(fds)
+		if in.closed {
+			return os.ErrClosed
+		}
+		return fmt.Errorf("%w: %d descriptors that no message has announced", ErrProtocol, len(in.fds)+len(fds))
+	}
+	in.fds = append(in.fds, fds...)
+	return nil
+}
+
+// waiting is how many descriptors have come and were not taken.
+func (in *inbox) waiting() int {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return len(in.fds)
+}
+
+// take returns the n descriptors that came first; they are the caller's.
+func (in *inbox) take(n int) ([]*os.File, error) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.closed {
+		return nil, os.ErrClosed
+	}
+	if n > len(in.fds) {
+		return nil, fmt.Errorf("%w: a message announces %d descriptors and came with %d", ErrProtocol, n, len(in.fds))
+	}
+	files := make([]*os.File, n)
+	for i, fd := range in.fds[:n] {
+		files[i] = os.NewFile(uintptr(fd), "received")
+	}
+	if in.fds = in.fds[n:]; len(in.fds) == 0 {
+		in.fds = nil
+	}
+	return files, nil
+}
+
+// close closes what was not taken, and what may come yet.
+func (in *inbox) close() {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.closed = true
+	fdpass.Close(in.fds)
+	in.fds = nil
+}
+
+// closeFiles closes files that nobody takes.
+func closeFiles(files []*os.File) {
+	for _, f := range files {
+		f.Close()
+	}
+}
