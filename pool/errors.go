@@ -17,6 +17,12 @@ var (
 	ErrTimeout = errors.New("pool: the task timed out")
 	// ErrQueueFull says that the task was refused ([Reject]).
 	ErrQueueFull = errors.New("pool: the queue is full")
+	// ErrDropped says that the task was dropped from the full queue for a more
+	// urgent one ([DropLowest]).
+	ErrDropped = errors.New("pool: the task was dropped from the queue")
+	// ErrPoison says that the task is refused because of the workers that it
+	// ended. The error is a *[PoisonError].
+	ErrPoison = errors.New("pool: the task is poison")
 	// ErrClosed says that the pool takes no more tasks, or was closed before the
 	// task was done.
 	ErrClosed = errors.New("pool: closed")

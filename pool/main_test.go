@@ -85,6 +85,20 @@ func handlers() sdk.Handlers {
 			<-ctx.Done()
 			return nil, ctx.Err()
 		},
+		"balloon": func(_ context.Context, t *sdk.Task) ([]byte, error) {
+			n, err := strconv.Atoi(string(t.Body))
+			if err != nil {
+				return nil, err
+			}
+			// Not Go's memory: the race detector would keep a shadow of it.
+			if _, err := syscall.Mmap(-1, 0, n<<20, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_PRIVATE|syscall.MAP_ANON|syscall.MAP_POPULATE); err != nil {
+				return nil, err
+			}
+			if n >= 300 {
+				select {}
+			}
+			return []byte(strconv.Itoa(os.Getpid())), nil
+		},
 		"hang": func(context.Context, *sdk.Task) ([]byte, error) { select {} },
 		"once": func(_ context.Context, t *sdk.Task) ([]byte, error) {
 			f, err := os.OpenFile(string(t.Body), os.O_CREATE|os.O_EXCL, 0o600)

@@ -40,6 +40,10 @@ type FullPolicy uint8
 const (
 	Block  FullPolicy = iota // Do waits for room
 	Reject                   // Do returns ErrQueueFull
+	// DropLowest drops the newest of the lowest priority (its own, whatever it
+	// has risen to) that is below the new task's, with ErrDropped; where none is
+	// below, Do returns ErrQueueFull.
+	DropLowest
 )
 
 // MaxPriority is the priority of the most urgent tasks.
@@ -62,15 +66,42 @@ type Options struct {
 	Name string
 
 	Protocol Protocol // "": Frames
-	// Size is how many workers there are. 0: as many as Go uses processors.
+	// Size is how many workers there are, where it is fixed. 0: as many as Go
+	// uses processors.
 	Size int
+	// Min and Max make the size elastic, in place of Size: from Min workers on,
+	// more while tasks wait too long, fewer while workers have nothing to do.
+	// Min 0 with a Max: 1. Max 0 with a Min: as many as Go uses processors, at
+	// least Min.
+	Min, Max int
+	// ScaleUpWait is how long the oldest task must have waited for the pool to
+	// grow: by as many workers as what waits keeps busy, at most to twice its
+	// size, and not while workers of an earlier growth are still starting. 0:
+	// 100 milliseconds; below 0: whenever a task waits.
+	ScaleUpWait time.Duration
+	// ScaleDownIdle is how long a worker must have been without a task to be
+	// ended where there are more than Min. 0: 30 seconds.
+	ScaleDownIdle time.Duration
+	// Cooldown is the least time between two changes of the size by the pool
+	// itself. 0: one second; below 0: none.
+	Cooldown time.Duration
+	// Spares is how many workers beyond the size are kept started and ready. One
+	// takes the place of a worker that ends, or serves at once where the pool
+	// grows, and is itself replaced. 0: none.
+	Spares int
 	// Concurrency is how many tasks a worker has at a time. 0: 1. For Exec it
-	// multiplies Size.
+	// multiplies Size, Min and Max.
 	Concurrency int
+	// Balance says which worker gets a task.
+	Balance Balance
 	// Queue is how many tasks wait for a worker before Full counts. 0: 1024;
 	// below 0: none.
 	Queue int
 	Full  FullPolicy
+	// Ageing has a task that waits rise by one priority, up to MaxPriority, each
+	// time this long has passed, so that none waits for ever. 0: never,
+	// priorities are strict.
+	Ageing time.Duration
 
 	// Timeout bounds a task's time on a worker where the task sets none.
 	// 0: unbounded.
@@ -82,12 +113,29 @@ type Options struct {
 	// Retries is how often a task with Idempotent set is tried again after its
 	// worker died. 0: 2; below 0: never.
 	Retries int
+	// PoisonAfter is how many workers a task may end before it is poison: then
+	// Do returns a *[PoisonError], and tasks of the same Name and Body are
+	// refused for ten minutes after the last such end. 0: 3; below 0: never.
+	//
+	// A worker's end counts for the tasks that it had, over all calls of Do,
+	// whatever ended it (a crash, a signal, nonsense on its channel, MaxMemory,
+	// Heartbeat); where it was killed for not giving up one task in time, for
+	// that task alone; where it was recycled, or asked to end, for none. With a
+	// Concurrency above 1 it may so count for tasks that only stood by: a task
+	// that succeeds is cleared of what was counted. The last 256 suspects are
+	// remembered.
+	PoisonAfter int
 
 	// MaxTasks and MaxAge recycle a worker: it is replaced when it has had that
 	// many tasks, or is that old (give or take a tenth, so that not all are
 	// replaced at once). 0: never.
 	MaxTasks int
 	MaxAge   time.Duration
+	// MaxMemory recycles a worker when the resident memory of all its processes
+	// together, in bytes, exceeds it; looked at a second after a task began, and
+	// each second while there are tasks. At one and a half times as much it is
+	// killed with the tasks that it has. 0: unbounded. Not for Exec.
+	MaxMemory int64
 	// Heartbeat has a worker that holds tasks and says nothing asked for a sign
 	// of life this often; one that gives none until the next time is killed. It
 	// needs Frames, and workers whose handlers do not hold up their channel (a
@@ -128,27 +176,64 @@ func (o *Options) complete() error {
 	default:
 		return bad("unknown protocol %q: frames, jsonl, node or exec", o.Protocol)
 	}
-	if o.Size == 0 {
-		o.Size = runtime.GOMAXPROCS(0)
+	switch {
+	case o.Size != 0 && (o.Min != 0 || o.Max != 0):
+		return bad("Size is for a fixed number of workers, Min and Max for an elastic one: set either")
+	case o.Min == 0 && o.Max == 0:
+		if o.Size == 0 {
+			o.Size = runtime.GOMAXPROCS(0)
+		}
+		o.Min, o.Max = o.Size, o.Size
+	case o.Min == 0:
+		o.Min = 1
+	case o.Max == 0:
+		o.Max = max(o.Min, runtime.GOMAXPROCS(0))
 	}
 	if o.Concurrency == 0 {
 		o.Concurrency = 1
 	}
 	switch {
-	case o.Size < 1 || o.Size > 4096:
-		return bad("a size of %d workers: 1 to 4096 are possible", o.Size)
+	case o.Min < 1 || o.Max < o.Min || o.Max > maxWorkers:
+		return bad("a size of %d to %d workers: 1 to %d are possible", o.Min, o.Max, maxWorkers)
+	case o.Spares < 0 || o.Spares > maxWorkers:
+		return bad("%d spare workers: 0 to %d are possible", o.Spares, maxWorkers)
 	case o.Concurrency < 1 || o.Concurrency > 1<<16:
 		return bad("a concurrency of %d tasks a worker: 1 to 65536 are possible", o.Concurrency)
-	case o.Full > Reject:
+	case o.Full > DropLowest:
 		return bad("unknown policy %d for a full queue", o.Full)
-	case o.Timeout < 0 || o.MaxAge < 0 || o.MaxTasks < 0 || o.Heartbeat < 0 || o.StartTimeout < 0 || o.MaxMessage < 0:
-		return bad("Timeout, MaxTasks, MaxAge, Heartbeat, StartTimeout and MaxMessage must not be negative")
+	case o.Balance > ConsistentHash:
+		return bad("unknown way %d to balance", o.Balance)
+	case o.Timeout < 0 || o.MaxAge < 0 || o.MaxTasks < 0 || o.MaxMemory < 0 || o.Heartbeat < 0 || o.StartTimeout < 0 || o.MaxMessage < 0 || o.Ageing < 0 || o.ScaleDownIdle < 0:
+		return bad("Timeout, MaxTasks, MaxAge, MaxMemory, Heartbeat, StartTimeout, MaxMessage, Ageing and ScaleDownIdle must not be negative")
+	case o.MaxMemory > 0 && o.Protocol == Exec:
+		return bad("MaxMemory needs workers that stay; those of exec end with their task")
 	case o.Heartbeat > 0 && o.Protocol != Frames:
 		return bad("Heartbeat needs the protocol frames, not %s", o.Protocol)
 	}
 	if o.Protocol == Exec {
 		// A process per task: a slot for each that may run.
-		o.Size, o.Concurrency = o.Size*o.Concurrency, 1
+		o.Min, o.Max, o.Concurrency = o.Min*o.Concurrency, o.Max*o.Concurrency, 1
+	}
+	switch {
+	case o.ScaleUpWait == 0:
+		o.ScaleUpWait = 100 * time.Millisecond
+	case o.ScaleUpWait < 0:
+		o.ScaleUpWait = 0
+	}
+	if o.ScaleDownIdle == 0 {
+		o.ScaleDownIdle = 30 * time.Second
+	}
+	switch {
+	case o.Cooldown == 0:
+		o.Cooldown = time.Second
+	case o.Cooldown < 0:
+		o.Cooldown = 0
+	}
+	switch {
+	case o.PoisonAfter == 0:
+		o.PoisonAfter = 3
+	case o.PoisonAfter < 0:
+		o.PoisonAfter = 0
 	}
 	switch {
 	case o.Queue == 0:

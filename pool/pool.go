@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"math/rand/v2"
 	"os"
 	"strconv"
@@ -24,8 +25,10 @@ type Task struct {
 	// has returned early.
 	Body []byte
 	// Priority is 0 to [MaxPriority]: as long as a task of a higher one waits,
-	// none of a lower one is begun.
+	// none of a lower one is begun (but see Options.Ageing).
 	Priority int
+	// Key has tasks of one key done by one worker; [ConsistentHash] only.
+	Key string
 	// Timeout bounds the time on a worker, not the wait for one: that is the
 	// context's. 0: Options.Timeout; below 0: unbounded.
 	Timeout time.Duration
@@ -40,6 +43,13 @@ type Task struct {
 	// so they must be quick, and one may still run when Do returns early. nil:
 	// dropped.
 	OnProgress, OnChunk func([]byte)
+}
+
+func (t *Task) check() error {
+	if t.Priority < 0 || t.Priority > MaxPriority {
+		return fmt.Errorf("pool: priority %d: 0 to %d are possible", t.Priority, MaxPriority)
+	}
+	return nil
 }
 
 // Result is what a task came to. The times are set for failures too.
@@ -63,11 +73,15 @@ type Pool struct {
 	own    *proc.Direct // where the caller gave no Spawner
 
 	mu       sync.Mutex
-	q        queue
+	q        queue // what waits for any worker
+	waiting  int   // calls in q and in the workers' own queues, but for broadcasts
+	keyed    int   // of these, calls that wait for the worker of their key
 	ready    ready
-	slots    []slot
-	up       int // workers that are ready for tasks or at work
-	failing  int // slots whose last few starts failed
+	ring     ring
+	shape    shape
+	suspects suspects
+	up       int // workers whose channel is open
+	failing  int // wanted slots whose last few starts failed
 	open     int // calls accepted and not ended
 	active   *call
 	running  int // requests on workers, also of callers that have gone
@@ -84,17 +98,11 @@ type Pool struct {
 	closeErr  error
 }
 
-// slot is the place of one worker.
-type slot struct {
-	fails int          // starts in a row that led to nothing
-	last  *WorkerError // why
-}
-
 // failFast is how often each slot must have failed to start a worker before
 // tasks fail rather than wait.
 const failFast = 3
 
-// launchFunc starts one worker. Process and Conn are the caller's.
+// launchFunc starts the worker of a slot. Process and Conn are the caller's.
 type launchFunc func(ctx context.Context, slot int) (proc.Process, ipc.Conn, error)
 
 // New starts a pool. It does not wait for the workers: tasks do. The caller
@@ -127,37 +135,22 @@ func New(o Options) (*Pool, error) {
 // start makes a pool of workers that launch starts.
 func start(o Options, launch launchFunc) (*Pool, error) {
 	p := &Pool{
-		o: o, launch: launch, slots: make([]slot, o.Size), drained: make(chan struct{}),
+		o: o, launch: launch, drained: make(chan struct{}),
 		sup: supervise.New(supervise.Options{Starts: 8}),
 	}
 	if err := p.addLayers(); err != nil {
 		return nil, err
 	}
+	p.ready.balance = o.Balance
 	p.ready.first = make([]*worker, o.Concurrency+1)
+	p.ready.last = make([]*worker, o.Concurrency+1)
 	p.ready.least = len(p.ready.first)
-	grace := o.Grace
-	if grace == 0 {
-		grace = -1
-	}
-	for i := range o.Size {
-		err := p.sup.Add(supervise.Spec{
-			Name: "worker-" + strconv.Itoa(i),
-			Child: supervise.ChildFunc(func(ctx context.Context, _ supervise.Attempt) (supervise.Run, error) {
-				return p.startWorker(ctx, i)
-			}),
-			Restart: supervise.Always,
-			// A run is ready when it has answered something, and stable then.
-			MinUptime: -1,
-			// It never gives up; Do says what is wrong.
-			MaxRestarts:  -1,
-			Backoff:      o.Backoff,
-			StartTimeout: o.StartTimeout,
-			Grace:        grace,
-		}, true)
-		if err != nil {
-			return nil, errors.Join(fmt.Errorf("pool: %w", err), p.Close(context.Background()))
-		}
-	}
+	p.ring.seed = maphash.MakeSeed()
+	p.suspects.seed = p.ring.seed
+	p.mu.Lock()
+	p.shape.min, p.shape.max, p.shape.size = o.Min, o.Max, o.Min
+	p.reshape()
+	p.mu.Unlock()
 	return p, nil
 }
 
@@ -172,11 +165,14 @@ type call struct {
 	timeout    time.Duration
 	asked      time.Time
 	began      time.Time
-	next, prev *call // in the queue or in active
-	queued     bool
+	next, prev *call  // in a queue or in active
+	in         *queue // that it waits in
 	w          *worker
-	lost       bool // its worker is gone; how is not known yet
-	settled    bool // the worker has answered, or is gone
+	only       *worker // a broadcast's: no other may do it
+	waitsFor   *worker // where it waits in that worker's own queue
+	mark       uint64  // of its name and body; 0: not made yet
+	lost       bool    // its worker is gone; how is not known yet
+	settled    bool    // the worker has answered, or is gone
 	ended      bool
 	attempts   int
 	timer      *time.Timer
@@ -186,7 +182,7 @@ type call struct {
 
 // Do has a worker do the task and returns its result. Errors: *[TaskError]
 // where the worker reported a failure; [ErrWorkerDied], [ErrTimeout],
-// [ErrQueueFull], [ErrNoWorkers], [ErrClosed]; the context's own where it was
+// [ErrQueueFull], [ErrDropped], [ErrPoison], [ErrNoWorkers], [ErrClosed]; the context's own where it was
 // cancelled, and its own and ErrTimeout where its deadline is over;
 // [ipc.ErrTooLarge], [ipc.ErrNotJSON] where the task cannot be sent.
 //
@@ -194,8 +190,8 @@ type call struct {
 // up, and is killed and replaced if it has not within Options.Grace. Workers
 // that cannot be told are sent SIGTERM first.
 func (p *Pool) Do(ctx context.Context, t Task) (Result, error) {
-	if t.Priority < 0 || t.Priority > MaxPriority {
-		return Result{}, fmt.Errorf("pool: priority %d: 0 to %d are possible", t.Priority, MaxPriority)
+	if err := t.check(); err != nil {
+		return Result{}, err
 	}
 	if err := ctx.Err(); err != nil {
 		return Result{}, gaveUp(err)
@@ -209,11 +205,8 @@ func (p *Pool) Do(ctx context.Context, t Task) (Result, error) {
 
 // do is the innermost layer of Do: the queue and the workers. It does not keep t.
 func (p *Pool) do(ctx context.Context, t *Task) (Result, error) {
-	c := &call{p: p, task: *t, done: make(chan struct{}), timeout: t.Timeout, asked: time.Now()}
-	if c.timeout == 0 {
-		c.timeout = p.o.Timeout
-	}
-	c.req = ipc.Request{Name: t.Name, Body: t.Body, Timeout: max(c.timeout, 0), To: c}
+	c := p.newCall(t, time.Now())
+	p.suspects.prepare(c)
 
 	p.mu.Lock()
 	if p.refusing {
@@ -224,11 +217,16 @@ func (p *Pool) do(ctx context.Context, t *Task) (Result, error) {
 		p.mu.Unlock()
 		return Result{}, err
 	}
-	// A worker that is ready means that nothing waits.
-	w := p.ready.best()
-	if w == nil && p.o.Full == Reject && p.q.n >= p.o.Queue {
+	if err := p.suspects.refuse(c, p.o.PoisonAfter); err != nil {
+		p.stats.Poisoned++
+		p.mu.Unlock()
+		return Result{}, err
+	}
+	// A worker that has room means that nothing waits for any.
+	w, later := p.choose(c)
+	if w == nil && p.o.Full != Block && p.waiting >= p.o.Queue && !p.makeRoom(c) {
 		p.stats.Rejected++
-		n := p.q.n
+		n := p.waiting
 		p.mu.Unlock()
 		return Result{}, fmt.Errorf("%w: %d tasks wait and all workers are busy", ErrQueueFull, n)
 	}
@@ -241,15 +239,81 @@ func (p *Pool) do(ctx context.Context, t *Task) (Result, error) {
 	} else {
 		// Those that wait for room wait here too: their callers hold still
 		// either way, and the most urgent goes first.
-		p.q.push(c)
+		p.wait(c, later)
 		p.mu.Unlock()
 	}
+	p.await(ctx, c)
+	return c.res, c.err
+}
+
+// await waits for the end of c, or of ctx.
+func (p *Pool) await(ctx context.Context, c *call) {
 	select {
 	case <-c.done:
 	case <-ctx.Done():
 		p.giveUp(c, gaveUp(ctx.Err()), 0)
 	}
-	return c.res, c.err
+}
+
+// wait puts c in a queue: w's own, or where that is nil that for any worker.
+func (p *Pool) wait(c *call, w *worker) {
+	p.waiting++
+	if w != nil {
+		p.keyed++
+		c.waitsFor = w
+		w.own.push(c)
+	} else {
+		p.q.push(c)
+	}
+	p.watchWait()
+}
+
+// waitFirst is wait for a call that had its turn before.
+func (p *Pool) waitFirst(c *call) {
+	p.waiting++
+	p.q.pushFront(c)
+}
+
+// leave takes c out of the queue that it waits in.
+func (p *Pool) leave(c *call) {
+	c.in.remove(c)
+	switch {
+	case c.only != nil:
+	case c.waitsFor != nil:
+		p.keyed--
+		p.waiting--
+	default:
+		p.waiting--
+	}
+	c.waitsFor = nil
+}
+
+// makeRoom drops a call for a more urgent one, and reports whether there was
+// one to drop.
+func (p *Pool) makeRoom(c *call) bool {
+	if p.o.Full != DropLowest {
+		return false
+	}
+	v := p.q.lowest(c.task.Priority)
+	if p.keyed > 0 {
+		// What waits for one worker is with that worker. Only with
+		// ConsistentHash, and only when tasks are dropped, are all looked at.
+		for _, s := range p.shape.slots {
+			if s.w == nil {
+				continue
+			}
+			x := s.w.own.lowest(c.task.Priority)
+			if x != nil && (v == nil || x.task.Priority < v.task.Priority || x.task.Priority == v.task.Priority && x.asked.After(v.asked)) {
+				v = x
+			}
+		}
+	}
+	if v == nil {
+		return false
+	}
+	p.leave(v)
+	p.finish(v, fmt.Errorf("%w: %d tasks waited, and it was the newest of the lowest priority, %d", ErrDropped, p.waiting+1, v.task.Priority))
+	return true
 }
 
 // gaveUp is the error of a task whose context has ended.
@@ -262,11 +326,11 @@ func gaveUp(err error) error {
 
 // broken says why no worker can be had, nil where one can or may yet.
 func (p *Pool) broken() error {
-	if p.up > 0 || p.failing < len(p.slots) {
+	if p.up > 0 || p.failing < p.shape.wanted {
 		return nil
 	}
-	for i := range p.slots {
-		if e := p.slots[i].last; e != nil {
+	for _, s := range p.shape.slots {
+		if e := s.last; s.want && e != nil {
 			return e
 		}
 	}
@@ -275,9 +339,7 @@ func (p *Pool) broken() error {
 
 // assign gives c to w; the caller sends it when it has let go of the lock.
 func (p *Pool) assign(w *worker, c *call) {
-	if w.listed {
-		p.ready.remove(w)
-	}
+	p.unlist(w)
 	now := time.Now()
 	if w.load == 0 {
 		p.use.change(now, 1, 0)
@@ -285,7 +347,7 @@ func (p *Pool) assign(w *worker, c *call) {
 	w.load++
 	w.sent++
 	if p.o.MaxTasks > 0 && w.sent >= p.o.MaxTasks {
-		w.retiring = true
+		p.retire(w)
 	}
 	p.list(w)
 	p.running++
@@ -307,12 +369,21 @@ func (p *Pool) assign(w *worker, c *call) {
 		w.beating, w.pinged = true, false
 		w.beat = time.AfterFunc(p.o.Heartbeat, w.heartbeat)
 	}
+	if p.o.MaxMemory > 0 {
+		w.watchMemory()
+	}
 }
 
 // list puts w where tasks find it, if it can take one.
 func (p *Pool) list(w *worker) {
-	if w.up && !w.retiring && w.load < p.o.Concurrency {
+	if w.serving && w.load < p.o.Concurrency {
 		p.ready.add(w)
+	}
+}
+
+func (p *Pool) unlist(w *worker) {
+	if w.listed {
+		p.ready.remove(w)
 	}
 }
 
@@ -342,11 +413,23 @@ func (p *Pool) fill(w *worker) {
 
 // take assigns the next task to w, nil where there is none or w takes none.
 func (p *Pool) take(w *worker) *call {
-	if !w.up || w.retiring || w.load >= p.o.Concurrency {
+	if !w.up || w.asked || w.load >= p.o.Concurrency {
 		return nil
 	}
-	c := p.q.pop()
+	c := w.pins.peek(time.Now, p.o.Ageing)
+	if w.serving && p.waiting > 0 {
+		x := p.q.peek(time.Now, p.o.Ageing)
+		if w.own.n > 0 {
+			x = moreUrgent(w.own.peek(time.Now, p.o.Ageing), x, time.Now(), p.o.Ageing)
+		}
+		if c == nil {
+			c = x
+		} else {
+			c = moreUrgent(c, x, time.Now(), p.o.Ageing)
+		}
+	}
 	if c != nil {
+		p.leave(c)
 		p.assign(w, c)
 	}
 	return c
@@ -399,9 +482,7 @@ func (p *Pool) settle(c *call, body []byte, err error) (next *call) {
 	c.settled = true
 	p.running--
 	p.unlink(c)
-	if w.listed {
-		p.ready.remove(w)
-	}
+	p.unlist(w)
 	p.unload(w)
 	var te *TaskError
 	if !w.answered && (err == nil || errors.As(err, &te)) {
@@ -412,17 +493,35 @@ func (p *Pool) settle(c *call, body []byte, err error) (next *call) {
 	case c.ended:
 		// Nobody waits; what is left is the timer that would kill the worker.
 		stopTimer(c)
-	case errors.Is(err, ErrWorkerDied) && p.again(c):
-		p.q.pushFront(c) // at least this worker's slot is free
+	case errors.Is(err, ErrWorkerDied):
+		// Exec: the process was the task's own.
+		var we *WorkerError
+		if errors.As(err, &we) && we.PID > 0 {
+			if poison := p.suspects.blame(c, we, p.o.PoisonAfter); poison != nil {
+				p.finish(c, poison)
+				break
+			}
+		}
+		if !p.again(c) {
+			p.finish(c, err)
+			break
+		}
+		p.waitFirst(c)
+		if to := p.ready.pick(); to != nil && !w.serving {
+			go p.fill(to)
+		}
 	default:
+		if err == nil {
+			p.suspects.clear(c)
+		}
 		c.res.Body = body
 		p.finish(c, err)
 	}
-	if w.retiring && w.load == 0 && !w.asked {
-		w.askLater("recycled")
-	}
 	if next = p.take(w); next == nil {
 		p.list(w)
+		if w.load == 0 {
+			p.idle(w)
+		}
 	}
 	return next
 }
@@ -456,7 +555,7 @@ func (p *Pool) unlink(c *call) {
 
 // again reports whether c may be tried once more, and readies it for that.
 func (p *Pool) again(c *call) bool {
-	if !c.task.Idempotent || c.attempts > p.o.Retries || p.closing {
+	if !c.task.Idempotent || c.attempts > p.o.Retries || p.closing || c.only != nil {
 		return false
 	}
 	stopTimer(c)
@@ -492,12 +591,12 @@ func (p *Pool) finish(c *call, err error) {
 // is the one it is about.
 func (p *Pool) giveUp(c *call, err error, attempt int) {
 	p.mu.Lock()
-	if c.ended || attempt > 0 && (c.attempts != attempt || c.queued) {
+	if c.ended || attempt > 0 && (c.attempts != attempt || c.in != nil) {
 		p.mu.Unlock()
 		return
 	}
-	if c.queued {
-		p.q.remove(c)
+	if c.in != nil {
+		p.leave(c)
 		p.finish(c, err)
 		p.mu.Unlock()
 		return
@@ -523,6 +622,9 @@ func (p *Pool) giveUp(c *call, err error, attempt int) {
 	c.timer = time.AfterFunc(p.o.Grace, func() {
 		p.mu.Lock()
 		settled := c.settled
+		if !settled && w.culprit == nil {
+			w.culprit = c
+		}
 		p.mu.Unlock()
 		if !settled {
 			w.Kill(cause)
@@ -530,12 +632,14 @@ func (p *Pool) giveUp(c *call, err error, attempt int) {
 	})
 }
 
-// retire keeps w from getting any more tasks.
+// retire keeps w from getting any more tasks, for good.
 func (p *Pool) retire(w *worker) {
-	if w.listed {
-		p.ready.remove(w)
+	if w.retiring {
+		return
 	}
 	w.retiring = true
+	p.withdraw(w)
+	p.reshape()
 }
 
 // bury ends the calls that a worker took with it, or readies them to be tried
@@ -545,19 +649,33 @@ func (p *Pool) bury(w *worker, calls []*call) (again []*call) {
 		p.running--
 		p.unlink(c)
 		p.unload(w)
-		if c.ended {
+		died := &WorkerError{Kind: ErrWorkerDied, PID: w.pid, Exit: w.exit, Cause: w.cause}
+		var poison error
+		// Nobody is to blame for the end of a worker that was asked to end, and
+		// one alone where it did not give up in time.
+		if !w.asked && !p.closing && (w.culprit == nil || w.culprit == c) {
+			if e := p.suspects.blame(c, died, p.o.PoisonAfter); e != nil {
+				poison = e
+			}
+		}
+		switch {
+		case c.ended:
 			stopTimer(c)
 			continue
-		}
-		if !p.again(c) {
-			p.finish(c, &WorkerError{Kind: ErrWorkerDied, PID: w.pid, Exit: w.exit, Cause: w.cause})
+		case poison != nil:
+			p.finish(c, poison)
+			continue
+		case !p.again(c):
+			p.finish(c, died)
 			continue
 		}
-		if to := p.ready.best(); to != nil {
+		if to, later := p.choose(c); to != nil {
 			p.assign(to, c)
 			again = append(again, c)
+		} else if later != nil {
+			p.wait(c, later)
 		} else {
-			p.q.pushFront(c)
+			p.waitFirst(c)
 		}
 	}
 	p.failIfBroken()
@@ -576,8 +694,23 @@ func (p *Pool) failIfBroken() {
 	if err == nil {
 		return
 	}
-	for c := p.q.pop(); c != nil; c = p.q.pop() {
-		p.finish(c, err)
+	p.endWaiting(err)
+}
+
+// endWaiting ends what waits.
+func (p *Pool) endWaiting(err error) {
+	end := func(q *queue) {
+		for c := q.peek(nil, 0); c != nil; c = q.peek(nil, 0) {
+			p.leave(c)
+			p.finish(c, err)
+		}
+	}
+	end(&p.q)
+	for _, s := range p.shape.slots {
+		if w := s.w; w != nil {
+			end(&w.own)
+			end(&w.pins)
+		}
 	}
 }
 
@@ -623,10 +756,13 @@ const lastWait = 30 * time.Second
 func (p *Pool) close(ctx context.Context) error {
 	p.mu.Lock()
 	p.closing = true
-	for c := p.q.pop(); c != nil; c = p.q.pop() {
-		p.finish(c, ErrClosed)
-	}
+	p.endWaiting(ErrClosed)
 	p.refuse()
+	for _, t := range []*time.Timer{p.shape.grow, p.shape.shrink} {
+		if t != nil {
+			t.Stop()
+		}
+	}
 	p.mu.Unlock()
 	if p.cache != nil {
 		p.cache.close()
@@ -647,6 +783,7 @@ func (p *Pool) close(ctx context.Context) error {
 	if p.cache != nil {
 		p.cache.wait()
 	}
+	p.shape.busy.Wait()
 	err := p.sup.Shutdown(ctx)
 	if err != nil {
 		if cut == nil {

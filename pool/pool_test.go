@@ -77,6 +77,8 @@ func TestErrors(t *testing.T) {
 	for _, bad := range []Options{
 		{}, {Command: []string{"/nonexistent/x"}}, {Command: []string{"true"}, Protocol: "x"}, {Command: []string{"true"}, Size: -1},
 		{Command: []string{"true"}, Protocol: Node, Heartbeat: 1}, {Command: []string{"true"}, Name: "a b"}, {Command: []string{"true"}, Full: 7},
+		{Command: []string{"true"}, Size: 2, Min: 1}, {Command: []string{"true"}, Min: 3, Max: 2}, {Command: []string{"true"}, Balance: 9},
+		{Command: []string{"true"}, Spares: -1}, {Command: []string{"true"}, MaxMemory: 1, Protocol: Exec}, {Command: []string{"true"}, Ageing: -1},
 	} {
 		if p, err := New(bad); err == nil {
 			t.Errorf("New(%+v) succeeded", bad)
@@ -223,6 +225,58 @@ func TestRecycle(t *testing.T) {
 	}
 	if s := p.Stats(); s.Died != 0 {
 		t.Errorf("Stats = %+v", s)
+	}
+}
+
+// A worker that keeps too much memory is replaced after its task, one that
+// takes far too much is killed in it.
+func TestMaxMemory(t *testing.T) {
+	p := newPool(t, Options{Size: 1, MaxMemory: 250 << 20})
+	ctx := limit(t)
+	r, err := p.Do(ctx, Task{Name: "balloon", Body: []byte("260")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for s := p.Stats(); s.Recycled != 1; s = p.Stats() {
+		time.Sleep(10 * time.Millisecond)
+		if ctx.Err() != nil {
+			t.Fatalf("not recycled: %+v", s)
+		}
+	}
+	if next, err := p.Do(ctx, Task{Name: "pid"}); err != nil || string(next.Body) == string(r.Body) {
+		t.Errorf("Do = %s, %v after %s", next.Body, err, r.Body)
+	}
+	var we *WorkerError
+	if _, err := p.Do(ctx, Task{Name: "balloon", Body: []byte("450")}); !errors.As(err, &we) || !strings.Contains(we.Cause, "250 MB are allowed") {
+		t.Errorf("Do = %v", err)
+	}
+}
+
+func TestBroadcastToProcesses(t *testing.T) {
+	p := newPool(t, Options{Size: 3})
+	ctx := limit(t)
+	for s := p.Stats(); s.Up != 3; s = p.Stats() {
+		time.Sleep(time.Millisecond)
+	}
+	all, err := p.Broadcast(ctx, Task{Name: "pid"})
+	pids := map[string]bool{}
+	for _, r := range all {
+		if r.Err != nil || strconv.Itoa(r.PID) != string(r.Body) {
+			t.Errorf("%+v", r)
+		}
+		pids[string(r.Body)] = true
+	}
+	if err != nil || len(pids) != 3 {
+		t.Errorf("%v, %v", pids, err)
+	}
+	all, err = p.Broadcast(ctx, Task{Name: "exit"})
+	for _, r := range all {
+		if !errors.Is(r.Err, ErrWorkerDied) {
+			t.Errorf("%+v", r)
+		}
+	}
+	if err != nil || len(all) == 0 {
+		t.Errorf("%v, %v", all, err)
 	}
 }
 

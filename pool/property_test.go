@@ -34,9 +34,11 @@ type fake struct {
 
 // fakeLog watches over all workers of a test.
 type fakeLog struct {
-	mu      sync.Mutex
-	live    int
-	started []string // the tasks, in order
+	mu        sync.Mutex
+	live      int
+	most      int           // that lived at a time
+	startWait time.Duration // of those that are started now
+	started   []string      // the tasks, in order
 }
 
 func (f *fake) end(e proc.Exit, channel, process bool) {
@@ -105,6 +107,10 @@ func (f *fake) Start(r *ipc.Request) error {
 	f.log.mu.Lock()
 	f.log.started = append(f.log.started, r.Name)
 	f.log.mu.Unlock()
+	if d, err := time.ParseDuration(string(r.Body)); err == nil {
+		time.AfterFunc(d, func() { f.answer(r, []byte("done"), nil) })
+		return nil
+	}
 	after := func(what func()) {
 		time.AfterFunc(time.Duration(rand.IntN(2000))*time.Millisecond, what)
 	}
@@ -180,10 +186,12 @@ func fakePool(t *testing.T, o Options, flaky bool) (*Pool, *fakeLog) {
 			return nil, nil, os.ErrPermission
 		}
 		f := &fake{pid: n, reqs: map[*ipc.Request]bool{}, closed: make(chan struct{}), done: make(chan struct{}), log: log}
+		f.startWait = log.startWait
 		if flaky && n%10 == 5 {
 			f.startWait = time.Hour
 		}
 		log.live++
+		log.most = max(log.most, log.live)
 		return f, f, nil
 	})
 	if err != nil {
@@ -200,10 +208,14 @@ func TestEveryTaskEndsOnce(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				rnd := rand.New(rand.NewPCG(uint64(seed), 1))
 				o := Options{
-					Size: 1 + rnd.IntN(4), Concurrency: 1 + rnd.IntN(3), Queue: 1 + rnd.IntN(50), Full: FullPolicy(rnd.IntN(2)),
+					Min: 1 + rnd.IntN(4), Concurrency: 1 + rnd.IntN(3), Queue: 1 + rnd.IntN(50), Full: FullPolicy(rnd.IntN(3)),
+					Balance: Balance(rnd.IntN(4)), Ageing: time.Duration(rnd.IntN(2)) * time.Second, Spares: rnd.IntN(3),
+					ScaleDownIdle: time.Duration(1+rnd.IntN(10)) * time.Second, Cooldown: time.Duration(rnd.IntN(2)) * time.Second, PoisonAfter: 20,
 					Timeout: 5 * time.Second, MaxTasks: rnd.IntN(2) * 7, MaxAge: time.Duration(rnd.IntN(2)) * 20 * time.Second,
 					Heartbeat: time.Duration(rnd.IntN(2)) * 10 * time.Second,
 				}
+				o.Max = o.Min + rnd.IntN(4)
+				most := o.Max
 				p, log := fakePool(t, o, true)
 				var (
 					wg   sync.WaitGroup
@@ -215,6 +227,42 @@ func TestEveryTaskEndsOnce(t *testing.T) {
 				for range tasks {
 					time.Sleep(time.Duration(rnd.IntN(300)) * time.Millisecond)
 					task := Task{Body: []byte(what[rnd.IntN(len(what))]), Priority: rnd.IntN(10), Idempotent: rnd.IntN(2) == 0}
+					if k := rnd.IntN(8); k > 0 {
+						task.Key = fmt.Sprint(k)
+					}
+					if rnd.IntN(20) == 0 {
+						least := 1 + rnd.IntN(4)
+						if err := p.Scale(least, least+rnd.IntN(4)); err != nil {
+							t.Error("Scale:", err)
+						}
+						most = max(most, p.Stats().Max)
+					}
+					if rnd.IntN(20) == 0 {
+						wg.Go(func() {
+							ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+							defer cancel()
+							all, err := p.Broadcast(ctx, Task{Body: []byte("1s")})
+							if err != nil && !errors.Is(err, ErrNoWorkers) {
+								t.Error("Broadcast:", err)
+							}
+							for _, r := range all {
+								if r.Err != nil && !errors.Is(r.Err, ErrWorkerDied) && !errors.Is(r.Err, ErrTimeout) {
+									t.Error("Broadcast:", r.Err)
+								}
+								if r.Attempts > 1 {
+									t.Errorf("a broadcast was given to %d workers", r.Attempts)
+								}
+								if r.Err == nil {
+									mu.Lock()
+									ends["done"]++
+									mu.Unlock()
+								}
+							}
+						})
+					}
+					if s := p.Stats(); s.Size < s.Min || s.Size > s.Max {
+						t.Errorf("a size of %d, where %d to %d are allowed", s.Size, s.Min, s.Max)
+					}
 					patience := time.Duration(rnd.IntN(120)) * time.Second
 					wg.Go(func() {
 						ctx, cancel := context.WithTimeout(context.Background(), patience)
@@ -224,7 +272,7 @@ func TestEveryTaskEndsOnce(t *testing.T) {
 						var te *TaskError
 						for name, known := range map[string]bool{
 							"done": err == nil, "failed": errors.As(err, &te), "died": errors.Is(err, ErrWorkerDied), "timeout": errors.Is(err, ErrTimeout),
-							"full": errors.Is(err, ErrQueueFull), "none": errors.Is(err, ErrNoWorkers), "unsendable": errors.Is(err, ipc.ErrTooLarge),
+							"full": errors.Is(err, ErrQueueFull), "dropped": errors.Is(err, ErrDropped), "poison": errors.Is(err, ErrPoison), "none": errors.Is(err, ErrNoWorkers), "unsendable": errors.Is(err, ipc.ErrTooLarge),
 						} {
 							if known {
 								kind = name
@@ -240,12 +288,24 @@ func TestEveryTaskEndsOnce(t *testing.T) {
 				}
 				wg.Wait()
 				s := p.Stats()
-				if n := s.Done + s.Failed + s.TimedOut + s.Cancelled + s.Lost; n != s.Accepted {
+				if n := s.Done + s.Failed + s.TimedOut + s.Cancelled + s.Lost + s.Dropped; n != s.Accepted {
 					t.Errorf("%d accepted, %d ended: %+v", s.Accepted, n, s)
 				}
 				if ends["done"] != int(s.Done) || ends["done"] == 0 {
 					t.Errorf("ends %v, stats %+v", ends, s)
 				}
+				log.mu.Lock()
+				if log.most > most+o.Spares {
+					t.Errorf("%d workers lived at a time, where %d and %d spares are allowed", log.most, most, o.Spares)
+				}
+				log.mu.Unlock()
+				// Left alone it comes down to its least, and nothing ticks.
+				time.Sleep(10 * time.Minute)
+				p.mu.Lock()
+				if h := &p.shape; h.size != h.min || h.serving != h.size && o.MaxAge == 0 || h.wanted != h.size+o.Spares || h.grow != nil || h.shrink != nil || p.waiting != 0 || p.keyed != 0 {
+					t.Errorf("left alone: a size of %d, %d serve, %d wanted, timers %v %v, %d wait", h.size, h.serving, h.wanted, h.grow, h.shrink, p.waiting)
+				}
+				p.mu.Unlock()
 				if err := p.Close(context.Background()); err != nil {
 					t.Error("Close:", err)
 				}

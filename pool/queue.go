@@ -1,6 +1,8 @@
 package pool
 
-// queue holds the calls that wait, by priority, in order of arrival within one.
+import "time"
+
+// queue holds calls that wait, by priority, in order of arrival within one.
 type queue struct {
 	first, last [MaxPriority + 1]*call
 	used        uint16 // a bit for each priority that has any
@@ -14,7 +16,7 @@ func (q *queue) pushFront(c *call) { q.insert(c, true) }
 
 func (q *queue) insert(c *call, front bool) {
 	p := c.task.Priority
-	c.queued = true
+	c.in = q
 	c.next, c.prev = nil, nil
 	switch {
 	case q.first[p] == nil:
@@ -44,68 +46,78 @@ func (q *queue) remove(c *call) {
 	} else {
 		q.last[p] = c.prev
 	}
-	c.next, c.prev, c.queued = nil, nil, false
+	c.next, c.prev, c.in = nil, nil, nil
 	if q.first[p] == nil {
 		q.used &^= 1 << p
 	}
 	q.n--
 }
 
-// pop takes the most urgent, nil where none waits.
-func (q *queue) pop() *call {
+// peek returns the most urgent, nil where none waits. With ageing above 0 a
+// call counts one priority more for each time of that length that it has
+// waited; of those that count the same, the one that came first.
+func (q *queue) peek(now func() time.Time, ageing time.Duration) *call {
 	if q.used == 0 {
 		return nil
 	}
+	var best *call
 	for p := MaxPriority; p >= 0; p-- {
-		if c := q.first[p]; c != nil {
-			q.remove(c)
+		c := q.first[p]
+		switch {
+		case c == nil:
+		case ageing == 0:
+			return c
+		case best == nil:
+			best = c
+		default:
+			best = moreUrgent(best, c, now(), ageing)
+		}
+	}
+	return best
+}
+
+// moreUrgent returns the one of two that is to go first, either of which may be
+// nil.
+func moreUrgent(a, b *call, now time.Time, ageing time.Duration) *call {
+	switch {
+	case a == nil:
+		return b
+	case b == nil:
+		return a
+	}
+	pa, pb := a.urgency(now, ageing), b.urgency(now, ageing)
+	if pb > pa || pb == pa && b.asked.Before(a.asked) {
+		return b
+	}
+	return a
+}
+
+// urgency is the priority to which c has risen.
+func (c *call) urgency(now time.Time, ageing time.Duration) int {
+	if ageing == 0 {
+		return c.task.Priority
+	}
+	return min(c.task.Priority+int(min(now.Sub(c.asked)/ageing, MaxPriority)), MaxPriority)
+}
+
+// oldest returns when the call that has waited for longest came, false where
+// none waits.
+func (q *queue) oldest() (at time.Time, ok bool) {
+	for _, c := range q.first {
+		if c != nil && (!ok || c.asked.Before(at)) {
+			at, ok = c.asked, true
+		}
+	}
+	return at, ok
+}
+
+// lowest returns the newest of the lowest priority, nil where none waits that
+// is below.
+func (q *queue) lowest(below int) *call {
+	for _, c := range q.last[:below] {
+		if c != nil {
 			return c
 		}
 	}
 	return nil
-}
-
-// ready holds the workers that can take a task, by how many they have: the one
-// that has least comes first, and among equals the one that was busy last,
-// whose memory is still warm.
-type ready struct {
-	first []*worker // by load
-	least int       // no worker is in a list below it
-	n     int
-}
-
-func (r *ready) add(w *worker) {
-	w.next, w.prev = r.first[w.load], nil
-	if w.next != nil {
-		w.next.prev = w
-	}
-	r.first[w.load] = w
-	w.listed = true
-	r.least = min(r.least, w.load)
-	r.n++
-}
-
-func (r *ready) remove(w *worker) {
-	if w.prev != nil {
-		w.prev.next = w.next
-	} else {
-		r.first[w.load] = w.next
-	}
-	if w.next != nil {
-		w.next.prev = w.prev
-	}
-	w.next, w.prev, w.listed = nil, nil, false
-	r.n--
-}
-
-// best returns the worker that has least, nil where none can take any.
-func (r *ready) best() *worker {
-	if r.n == 0 {
-		r.least = len(r.first)
-		return nil
-	}
-	for r.first[r.least] == nil {
-		r.least++
-	}
-	return r.first[r.least]
 }

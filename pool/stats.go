@@ -9,8 +9,11 @@ import (
 
 // Stats is a pool as it was at one moment, and what it has done so far.
 type Stats struct {
-	Size    int // workers there shall be
+	Size    int // workers there shall be, spares not counted
+	Min     int // bounds of Size
+	Max     int
 	Up      int // workers that are ready or at work
+	Spare   int // of these, workers that wait for their turn to serve
 	Busy    int // workers that have a task
 	Queued  int // tasks that wait, Blocked not counted
 	Blocked int // tasks that wait for room in the queue
@@ -23,10 +26,12 @@ type Stats struct {
 	Cancelled uint64 // given up by their callers, or by Close
 	Lost      uint64 // ErrWorkerDied, ErrNoWorkers
 	Rejected  uint64 // ErrQueueFull
+	Dropped   uint64 // ErrDropped
+	Poisoned  uint64 // ErrPoison, refused at once; not among Accepted
 	Retried   uint64 // times that a task was given to another worker
 
 	Died     uint64 // workers that ended without being asked to
-	Recycled uint64 // workers replaced by MaxTasks or MaxAge
+	Recycled uint64 // workers replaced by MaxTasks, MaxAge or MaxMemory
 
 	Breaker *BreakerStats // nil: none
 	Cache   *CacheStats   // nil: none
@@ -87,7 +92,7 @@ func (t *times) sum() Times {
 }
 
 type counters struct {
-	Accepted, Done, Failed, TimedOut, Cancelled, Lost, Rejected, Retried, Died, Recycled uint64
+	Accepted, Done, Failed, TimedOut, Cancelled, Lost, Rejected, Dropped, Poisoned, Retried, Died, Recycled uint64
 
 	wait, run times
 }
@@ -104,6 +109,8 @@ func (s *counters) count(c *call, err error) {
 		s.Done++
 	case errors.As(err, &te):
 		s.Failed++
+	case errors.Is(err, ErrDropped):
+		s.Dropped++
 	case errors.Is(err, ErrWorkerDied) || errors.Is(err, ErrNoWorkers):
 		s.Lost++
 	case errors.Is(err, ErrTimeout):
@@ -130,11 +137,11 @@ func (p *Pool) Stats() Stats {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s := &p.stats
-	queued := min(p.q.n, p.o.Queue)
+	queued := min(p.waiting, p.o.Queue)
 	return Stats{
-		Size: p.o.Size, Up: p.up, Busy: min(p.use.busy, p.up), Queued: queued, Blocked: p.q.n - queued, Running: p.running,
+		Size: p.shape.size, Min: p.shape.min, Max: p.shape.max, Up: p.up, Spare: p.shape.spares.n, Busy: min(p.use.busy, p.up), Queued: queued, Blocked: p.waiting - queued, Running: p.running,
 		Accepted: s.Accepted, Done: s.Done, Failed: s.Failed, TimedOut: s.TimedOut, Cancelled: s.Cancelled,
-		Lost: s.Lost, Rejected: s.Rejected, Retried: s.Retried, Died: s.Died, Recycled: s.Recycled,
+		Lost: s.Lost, Rejected: s.Rejected, Dropped: s.Dropped, Poisoned: s.Poisoned, Retried: s.Retried, Died: s.Died, Recycled: s.Recycled,
 		Breaker: breaker, Cache: cache,
 		Wait: s.wait.sum(), Run: s.run.sum(),
 	}

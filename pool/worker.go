@@ -27,7 +27,7 @@ const (
 // is guarded by Pool.mu.
 type worker struct {
 	p    *Pool
-	slot int
+	slot *slot
 	pid  int
 	conn ipc.Conn
 	proc proc.Process
@@ -35,8 +35,14 @@ type worker struct {
 	proven chan struct{} // closed when it has answered something, or need not
 	done   chan struct{}
 
-	next, prev *worker
-	listed     bool
+	next, prev *worker // in ready or among the spares
+	listed     bool    // in ready
+	at         int     // in ready.all
+	spare      bool    // among the spares
+	serving    bool    // takes tasks
+	idleSince  time.Time
+	own        queue // what waits for it by its key
+	pins       queue // what it alone may do
 	load, sent int
 	up         bool // ready for tasks, and its channel has not ended
 	wasUp      bool
@@ -45,6 +51,7 @@ type worker struct {
 	asked      bool // to end
 	over       bool // its end is known
 	lost       []*call
+	culprit    *call // for whose sake it was killed
 	cause      string
 	exit       supervise.Exit
 	age, term  *time.Timer
@@ -53,23 +60,31 @@ type worker struct {
 	beat            *time.Timer
 	beating, pinged bool
 	heard           uint64
+
+	look    *time.Timer // at its memory
+	looking bool
 }
 
-func (p *Pool) startWorker(ctx context.Context, n int) (supervise.Run, error) {
-	pr, conn, err := p.launch(ctx, n)
+func (p *Pool) startWorker(ctx context.Context, s *slot) (supervise.Run, error) {
+	pr, conn, err := p.launch(ctx, s.n)
 	if err != nil {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		p.startFailed(n, &WorkerError{Kind: ErrNoWorkers, Exit: supervise.Exit{Code: -1, Failed: true, Err: err.Error()}})
+		p.startFailed(s, &WorkerError{Kind: ErrNoWorkers, Exit: supervise.Exit{Code: -1, Failed: true, Err: err.Error()}})
 		return nil, err
 	}
-	w := &worker{p: p, slot: n, pid: pr.ID().PID, conn: conn, proc: pr, proven: make(chan struct{}), done: make(chan struct{})}
+	w := &worker{p: p, slot: s, pid: pr.ID().PID, conn: conn, proc: pr, proven: make(chan struct{}), done: make(chan struct{})}
+	p.mu.Lock()
+	s.w = w
+	p.mu.Unlock()
 	go w.live()
 	return w, nil
 }
 
-func (p *Pool) startFailed(n int, e *WorkerError) {
-	s := &p.slots[n]
+func (p *Pool) startFailed(s *slot, e *WorkerError) {
+	if !s.want {
+		return
+	}
 	s.last = e
 	if s.fails++; s.fails == failFast {
 		p.failing++
@@ -156,13 +171,16 @@ func (w *worker) opened() {
 	defer p.mu.Unlock()
 	w.up, w.wasUp = true, true
 	p.up++
-	p.use.change(time.Now(), 0, 1)
-	s := &p.slots[w.slot]
+	s := w.slot
 	if s.fails >= failFast {
 		p.failing--
 	}
 	s.fails, s.last = 0, nil
-	p.list(w)
+	if s.want && !w.retiring {
+		p.shape.spares.add(w)
+		p.reshape()
+		p.watchWait()
+	}
 	if p.o.MaxAge > 0 {
 		// Spread, so that not all are replaced at once.
 		d := time.Duration(float64(p.o.MaxAge) * (0.9 + 0.2*rand.Float64()))
@@ -170,8 +188,8 @@ func (w *worker) opened() {
 			p.mu.Lock()
 			defer p.mu.Unlock()
 			p.retire(w)
-			if w.load == 0 && w.up && !w.asked {
-				w.askLater("recycled")
+			if w.load == 0 {
+				p.idle(w)
 			}
 		})
 	}
@@ -182,12 +200,9 @@ func (w *worker) down() {
 	if w.up {
 		w.up = false
 		w.p.up--
-		w.p.use.change(time.Now(), 0, -1)
 	}
-	if w.listed {
-		w.p.ready.remove(w)
-	}
-	for _, t := range []*time.Timer{w.age, w.beat} {
+	w.p.retire(w)
+	for _, t := range []*time.Timer{w.age, w.beat, w.look} {
 		if t != nil {
 			t.Stop()
 		}
@@ -204,6 +219,9 @@ func (w *worker) ended(exit supervise.Exit) {
 		return
 	}
 	w.over = true
+	if w.slot.w == w {
+		w.slot.w = nil
+	}
 	exit.Cause = w.cause
 	w.exit = exit
 	for _, t := range []*time.Timer{w.term, w.last} {
@@ -219,6 +237,10 @@ func (w *worker) ended(exit supervise.Exit) {
 		p.stats.Recycled++
 	case !w.asked:
 		p.stats.Died++
+	}
+	for c := w.pins.peek(nil, 0); c != nil; c = w.pins.peek(nil, 0) {
+		p.leave(c)
+		p.finish(c, &WorkerError{Kind: ErrWorkerDied, PID: w.pid, Exit: exit, Cause: w.cause})
 	}
 	again := p.bury(w, w.lost)
 	w.lost = nil
