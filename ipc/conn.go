@@ -1,6 +1,7 @@
 package ipc
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -57,19 +58,38 @@ type Request struct {
 	Timeout time.Duration // told to the worker; 0: none
 	To      Receiver
 
+	// Files go along; they are duplicated before Start returns and stay the
+	// caller's. Node takes one. Got are those that came with the answer, set
+	// before End is called, whose receiver owns them.
+	Files []*os.File
+	Got   []*os.File
+
 	id        uint32
 	sent      bool
 	cancelled bool
 }
 
 // Reset makes a request that has ended ready to be started again.
-func (r *Request) Reset() { r.id, r.sent, r.cancelled = 0, false, false }
+func (r *Request) Reset() { r.id, r.sent, r.cancelled, r.Got = 0, false, false, nil }
 
 // Options bound what a Conn takes. The zero value is useful.
 type Options struct {
 	MaxMessage  int // bytes of one message's payload; 0: DefaultMaxFrame
 	MaxQueued   int // bytes that wait for the worker; 0: DefaultMaxQueued
 	Concurrency int // told to frames workers: tasks under way at a time
+
+	// OnMessage is given what a Node program sends while no task is under way,
+	// with the handle that came along or nil; both are its own. The calls come
+	// one after the other from the goroutine in Serve. Nil: dropped.
+	OnMessage func(msg json.RawMessage, f *os.File)
+	// MaxUnsolicited is how many such messages a second a Node program may
+	// send; more are a violation of the protocol. 0: DefaultMaxUnsolicited;
+	// below 0: any number.
+	MaxUnsolicited int
+	// HealthCheck makes Ping ask a Node program by {"type":"health_check"} and
+	// takes the {"type":"health_check_response"} that comes back for a sign of
+	// life, not for an answer or a message.
+	HealthCheck bool
 }
 
 // busyFrom is from how many requests under way on sends are gathered.

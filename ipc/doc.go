@@ -3,7 +3,8 @@
 // [Conn] is the parent's end of one worker's channel, and there are three of
 // them: [NewFrames] speaks the binary protocol of docs/worker-protocol.md over
 // a Unix stream socket, [NewJSONLines] a JSON value a line over the worker's
-// standard input and output, [NewNode] the channel of Node's own child_process.
+// standard input and output, [NewNode] the channel of Node's own child_process,
+// with messages that expect no answer and handles both ways.
 // [Channel] is the frame layer alone, which the worker's side stands on too.
 //
 // Invariants: nothing a worker writes can make the parent block, panic or hold

@@ -100,7 +100,10 @@ func (in *inbox) waiting() int {
 }
 
 // take returns the n descriptors that came first; they are the caller's.
-func (in *inbox) take(n int) ([]*os.File, error) {
+func (in *inbox) take(n int) ([]*os.File, error) { return in.takeAs(n, "received") }
+
+// takeAs is take for files of another name.
+func (in *inbox) takeAs(n int, name string) ([]*os.File, error) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if in.closed {
@@ -111,7 +114,7 @@ func (in *inbox) take(n int) ([]*os.File, error) {
 	}
 	files := make([]*os.File, n)
 	for i, fd := range in.fds[:n] {
-		files[i] = os.NewFile(uintptr(fd), "received")
+		files[i] = os.NewFile(uintptr(fd), name)
 	}
 	if in.fds = in.fds[n:]; len(in.fds) == 0 {
 		in.fds = nil

@@ -323,45 +323,6 @@ func TestFramesConn(t *testing.T) {
 	}
 }
 
-func TestNodeLines(t *testing.T) {
-	a, b := pair(t)
-	conn, err := NewNode(a, Options{MaxMessage: 1000})
-	if err != nil {
-		t.Fatal(err)
-	}
-	served := make(chan error)
-	go func() { served <- conn.Serve(nil) }()
-	e := newEnds()
-	for _, body := range []string{`1`, `2`, `3`} {
-		if err := conn.Start(&Request{Body: []byte(body), To: e}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	// Node's own messages and a handle are no answers.
-	_, err = io.WriteString(b, `{"cmd":"NODE_CLUSTER"}`+"\n"+`{"cmd":"NODE_HANDLE","type":"net.Socket"}`+"\n"+`{"NODE_":1}`+"\n"+
-		`{"error":"no"}`+"\n"+`{"error":{"message":"m","code":"c"},"x":1}`+"\n"+`"stray"`+"\n")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for range 3 {
-		<-e.c
-	}
-	want := `1: {"NODE_":1}, <nil>|2: , no|3: {"error":{"message":"m","code":"c"},"x":1}, <nil>`
-	if got := strings.Join(e.got, "|"); got != want {
-		t.Errorf("ends: %s\nwant: %s", got, want)
-	}
-	if _, err := io.WriteString(b, strings.Repeat("x", 2000)); err != nil {
-		t.Fatal(err)
-	}
-	if err := <-served; !errors.Is(err, ErrTooLarge) {
-		t.Errorf("Serve = %v", err)
-	}
-	rest, _ := io.ReadAll(b)
-	if want := "1\n2\n3\n" + `{"cmd":"NODE_HANDLE_NACK"}` + "\n"; string(rest) != want {
-		t.Errorf("the program got %q, want %q", rest, want)
-	}
-}
-
 // FuzzFrames feeds a parent what a worker may write.
 func FuzzFrames(f *testing.F) {
 	hello := AppendHello(nil, Hello{Remuda: 1})
@@ -393,11 +354,11 @@ func FuzzFrames(f *testing.F) {
 	})
 }
 
-// FuzzLines feeds the line protocols.
-func FuzzLines(f *testing.F) {
-	f.Add([]byte("1\n{\"error\":\"x\"}\n"), false)
-	f.Add([]byte("{\"cmd\":\"NODE_HANDLE\"}\n[[[\n"), true)
-	f.Fuzz(func(t *testing.T, wire []byte, node bool) {
+// FuzzJSONLines feeds a parent what a worker may write to its standard output.
+func FuzzJSONLines(f *testing.F) {
+	f.Add([]byte("1\n{\"error\":\"x\"}\n"))
+	f.Add([]byte("\n\r\n[[[\n"))
+	f.Fuzz(func(t *testing.T, wire []byte) {
 		e := newEnds()
 		devnull, err := os.OpenFile("/dev/null", os.O_WRONLY, 0)
 		if err != nil {
@@ -407,7 +368,7 @@ func FuzzLines(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		conn, err := newLines(devnull, r, Options{MaxMessage: 1 << 16}, node)
+		conn, err := NewJSONLines(devnull, r, Options{MaxMessage: 1 << 16})
 		if err != nil {
 			t.Fatal(err)
 		}

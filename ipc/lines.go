@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strconv"
 	"sync"
 	"sync/atomic"
 
@@ -23,10 +22,9 @@ const maxDepth = 512
 // a line and so is its answer. There are no ids: answers come in the order of
 // the tasks.
 type lines struct {
-	in, out *os.File // read and written; the same for Node
+	in, out *os.File // read and written
 	w       *writer
 	limit   int
-	node    bool
 	reads   atomic.Uint64
 
 	mu      sync.Mutex
@@ -39,27 +37,12 @@ type lines struct {
 // standard output, both non-blocking pipe ends as from os.Pipe. It takes over
 // both unless it fails. An object whose only key is "error" is a failure. A
 // line that answers no task is a violation of the protocol.
-func NewJSONLines(to, from *os.File, o Options) (Conn, error) { return newLines(to, from, o, false) }
-
-// NewNode speaks Node's own channel (NodeEnv) over f, the parent's end of a
-// Pair, which it takes over unless it fails: each task is a 'message', and the
-// next process.send is its answer. What a program sends while no task is under
-// way is dropped, and so are handles. An object whose only key is "error" is a
-// failure.
-func NewNode(f *os.File, o Options) (Conn, error) { return newLines(f, f, o, true) }
-
-// NodeEnv is what must be in the environment of a Node program that has the
-// child's end of its channel as descriptor fd.
-func NodeEnv(fd int) []string {
-	return []string{"NODE_CHANNEL_FD=" + strconv.Itoa(fd), "NODE_CHANNEL_SERIALIZATION_MODE=json"}
-}
-
-func newLines(to, from *os.File, o Options, node bool) (Conn, error) {
+func NewJSONLines(to, from *os.File, o Options) (Conn, error) {
 	w, err := newWriter(to, o.MaxQueued)
 	if err != nil {
 		return nil, err
 	}
-	c := &lines{in: from, out: to, w: w, limit: o.MaxMessage, node: node}
+	c := &lines{in: from, out: to, w: w, limit: o.MaxMessage}
 	if c.limit <= 0 {
 		c.limit = DefaultMaxFrame
 	}
@@ -146,32 +129,15 @@ func splitLines(pending, data []byte, limit int, line func([]byte) error) ([]byt
 // line handles one line of the worker.
 func (c *lines) line(b []byte) error {
 	b = bytes.TrimSpace(b)
-	if len(b) == 0 && !c.node {
+	if len(b) == 0 {
 		return nil
 	}
 	if err := checkJSON(b); err != nil {
 		return err
 	}
-	if c.node {
-		switch cmd := nodeCommand(b); cmd {
-		case "":
-		case "NODE_HANDLE":
-			// The handle was dropped with the read; say so, else the program
-			// waits for ever before it sends the next.
-			if c.w.queue([]byte(`{"cmd":"NODE_HANDLE_NACK"}`+"\n"), nil) == nil {
-				c.w.flush(false)
-			}
-			return nil
-		default: // Node's own affairs
-			return nil
-		}
-	}
 	c.mu.Lock()
 	if len(c.pending) == 0 {
 		c.mu.Unlock()
-		if c.node {
-			return nil
-		}
 		return fmt.Errorf("%w: a line that answers no task: %q", ErrProtocol, clip(b))
 	}
 	r := c.pending[0]
@@ -198,23 +164,6 @@ func checkJSON(b []byte) error {
 		return fmt.Errorf("%w: not a JSON value: %q", ErrProtocol, clip(b))
 	}
 	return nil
-}
-
-// nodeCommand returns the "cmd" of one of Node's own messages, "" for a
-// message of the program.
-func nodeCommand(b []byte) string {
-	if len(b) == 0 || b[0] != '{' || !bytes.Contains(b, []byte(`NODE_`)) {
-		return ""
-	}
-	var m map[string]json.RawMessage // a struct would match "CMD" as well
-	if json.Unmarshal(b, &m) != nil {
-		return ""
-	}
-	var cmd string
-	if json.Unmarshal(m["cmd"], &cmd) != nil || len(cmd) <= len("NODE_") || cmd[:len("NODE_")] != "NODE_" {
-		return ""
-	}
-	return cmd
 }
 
 // failure is what an object with the only key "error" says; nil for any other
@@ -245,22 +194,30 @@ func failure(b []byte) *TaskError {
 // ErrNotJSON says that a task's body is not JSON where the protocol needs it.
 var ErrNotJSON = errors.New("ipc: the task's body is not a JSON value")
 
-func (c *lines) Start(r *Request) error {
-	body := r.Body
+// jsonLine returns body as a JSON value without line breaks, null where it is
+// empty.
+func jsonLine(body []byte, limit int) ([]byte, error) {
 	switch {
 	case len(body) == 0:
-		body = []byte("null")
-	case len(body) > c.limit:
-		return fmt.Errorf("%w: %d bytes, where %d are allowed", ErrTooLarge, len(body), c.limit)
+		return []byte("null"), nil
+	case len(body) > limit:
+		return nil, fmt.Errorf("%w: %d bytes, where %d are allowed", ErrTooLarge, len(body), limit)
 	case !json.Valid(body):
-		return fmt.Errorf("%w: %q", ErrNotJSON, clip(body))
+		return nil, fmt.Errorf("%w: %q", ErrNotJSON, clip(body))
+	case !bytes.ContainsAny(body, "\n\r"):
+		return body, nil
 	}
-	if bytes.ContainsAny(body, "\n\r") {
-		var b bytes.Buffer
-		if err := json.Compact(&b, body); err != nil {
-			return fmt.Errorf("%w: %w", ErrNotJSON, err)
-		}
-		body = b.Bytes()
+	var b bytes.Buffer
+	if err := json.Compact(&b, body); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrNotJSON, err)
+	}
+	return b.Bytes(), nil
+}
+
+func (c *lines) Start(r *Request) error {
+	body, err := jsonLine(r.Body, c.limit)
+	if err != nil {
+		return err
 	}
 	c.mu.Lock()
 	switch {
@@ -274,8 +231,7 @@ func (c *lines) Start(r *Request) error {
 		c.mu.Unlock()
 		return ErrCancelled
 	}
-	err := c.w.queue(body, nil)
-	if err == nil {
+	if err = c.w.queue(body, nil); err == nil {
 		// After a part that was taken the rest must follow.
 		if err = c.w.queue([]byte{'\n'}, nil); err != nil {
 			c.mu.Unlock()
@@ -305,27 +261,16 @@ func (c *lines) Ping() bool { return false }
 
 func (c *lines) Heard() uint64 { return c.reads.Load() }
 
-// Stop closes the worker's standard input, or disconnects Node, when what was
-// sent is written.
+// Stop closes the worker's standard input when what was sent is written.
 func (c *lines) Stop() {
 	c.mu.Lock()
 	c.stopped = true
 	c.mu.Unlock()
-	if c.node {
-		c.w.whenWritten(func() {
-			if rc, err := c.out.SyscallConn(); err == nil {
-				_ = rc.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_WR) })
-			}
-		})
-		return
-	}
 	c.w.whenWritten(func() { c.out.Close() })
 }
 
 func (c *lines) Close() {
 	c.w.fail(ErrClosed)
 	c.in.Close()
-	if c.out != c.in {
-		c.out.Close()
-	}
+	c.out.Close()
 }

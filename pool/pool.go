@@ -438,6 +438,9 @@ func (p *Pool) take(w *worker) *call {
 // End implements ipc.Receiver.
 func (c *call) End(_ *ipc.Request, body []byte, err error) {
 	w := c.w // not changed while the request is under way
+	for _, f := range c.req.Got {
+		f.Close()
+	}
 	if next := c.p.settle(c, body, err); next != nil {
 		c.p.send(w, next)
 	}
