@@ -100,6 +100,12 @@ func handlers() sdk.Handlers {
 			return []byte(strconv.Itoa(os.Getpid())), nil
 		},
 		"hang": func(context.Context, *sdk.Task) ([]byte, error) { select {} },
+		"spin": func(_ context.Context, t *sdk.Task) ([]byte, error) {
+			d, err := time.ParseDuration(string(t.Body))
+			for end := time.Now().Add(d); time.Now().Before(end); {
+			}
+			return nil, err
+		},
 		"once": func(_ context.Context, t *sdk.Task) ([]byte, error) {
 			f, err := os.OpenFile(string(t.Body), os.O_CREATE|os.O_EXCL, 0o600)
 			if err != nil {

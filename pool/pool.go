@@ -142,6 +142,8 @@ func start(o Options, launch launchFunc) (*Pool, error) {
 		return nil, err
 	}
 	p.ready.balance = o.Balance
+	p.use.want, p.use.taken, p.use.waiting = &p.shape.size, &p.running, &p.waiting
+	p.use.advance(time.Now())
 	p.ready.first = make([]*worker, o.Concurrency+1)
 	p.ready.last = make([]*worker, o.Concurrency+1)
 	p.ready.least = len(p.ready.first)
@@ -209,6 +211,7 @@ func (p *Pool) do(ctx context.Context, t *Task) (Result, error) {
 	p.suspects.prepare(c)
 
 	p.mu.Lock()
+	p.use.advance(c.asked)
 	if p.refusing {
 		p.mu.Unlock()
 		return Result{}, ErrClosed
@@ -341,8 +344,9 @@ func (p *Pool) broken() error {
 func (p *Pool) assign(w *worker, c *call) {
 	p.unlist(w)
 	now := time.Now()
+	p.use.advance(now)
 	if w.load == 0 {
-		p.use.change(now, 1, 0)
+		p.use.busy++
 	}
 	w.load++
 	w.sent++
@@ -483,6 +487,7 @@ func (p *Pool) settle(c *call, body []byte, err error) (next *call) {
 	}
 	defer p.mu.Unlock()
 	c.settled = true
+	p.use.advance(time.Now())
 	p.running--
 	p.unlink(c)
 	p.unlist(w)
@@ -532,7 +537,7 @@ func (p *Pool) settle(c *call, body []byte, err error) (next *call) {
 // unload: w has one task less.
 func (p *Pool) unload(w *worker) {
 	if w.load--; w.load == 0 {
-		p.use.change(time.Now(), -1, 0)
+		p.use.busy--
 	}
 }
 
@@ -582,7 +587,10 @@ func (p *Pool) finish(c *call, err error) {
 	} else {
 		c.res.Wait = now.Sub(c.asked)
 	}
-	p.stats.count(c, err)
+	if c.attempts > 0 {
+		p.use.ran(c.res.Wait, c.res.Run, 0)
+	}
+	p.stats.count(err)
 	p.open--
 	close(c.done)
 	if p.refusing && p.open == 0 {
@@ -599,6 +607,7 @@ func (p *Pool) giveUp(c *call, err error, attempt int) {
 		return
 	}
 	if c.in != nil {
+		p.use.advance(time.Now())
 		p.leave(c)
 		p.finish(c, err)
 		p.mu.Unlock()
@@ -648,6 +657,7 @@ func (p *Pool) retire(w *worker) {
 // bury ends the calls that a worker took with it, or readies them to be tried
 // again; those it returns have a worker already and must be sent.
 func (p *Pool) bury(w *worker, calls []*call) (again []*call) {
+	p.use.advance(time.Now())
 	for _, c := range calls {
 		p.running--
 		p.unlink(c)

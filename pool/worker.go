@@ -26,11 +26,12 @@ const (
 // worker is one life of a worker; to supervise it is a Run. What is below done
 // is guarded by Pool.mu.
 type worker struct {
-	p    *Pool
-	slot *slot
-	pid  int
-	conn ipc.Conn
-	proc proc.Process
+	p     *Pool
+	slot  *slot
+	began time.Time // its start
+	pid   int
+	conn  ipc.Conn
+	proc  proc.Process
 
 	proven chan struct{} // closed when it has answered something, or need not
 	done   chan struct{}
@@ -66,6 +67,7 @@ type worker struct {
 }
 
 func (p *Pool) startWorker(ctx context.Context, s *slot) (supervise.Run, error) {
+	began := time.Now()
 	pr, conn, err := p.launch(ctx, s.n)
 	if err != nil {
 		p.mu.Lock()
@@ -73,7 +75,7 @@ func (p *Pool) startWorker(ctx context.Context, s *slot) (supervise.Run, error) 
 		p.startFailed(s, &WorkerError{Kind: ErrNoWorkers, Exit: supervise.Exit{Code: -1, Failed: true, Err: err.Error()}})
 		return nil, err
 	}
-	w := &worker{p: p, slot: s, pid: pr.ID().PID, conn: conn, proc: pr, proven: make(chan struct{}), done: make(chan struct{})}
+	w := &worker{p: p, slot: s, began: began, pid: pr.ID().PID, conn: conn, proc: pr, proven: make(chan struct{}), done: make(chan struct{})}
 	p.mu.Lock()
 	s.w = w
 	p.mu.Unlock()
@@ -171,6 +173,7 @@ func (w *worker) opened() {
 	defer p.mu.Unlock()
 	w.up, w.wasUp = true, true
 	p.up++
+	p.use.start.add(time.Since(w.began))
 	s := w.slot
 	if s.fails >= failFast {
 		p.failing--
@@ -234,9 +237,9 @@ func (w *worker) ended(exit supervise.Exit) {
 	}
 	switch {
 	case w.asked && w.cause == "recycled":
-		p.stats.Recycled++
+		p.use.sums.recycled++
 	case !w.asked:
-		p.stats.Died++
+		p.use.sums.died++
 	}
 	for c := w.pins.peek(nil, 0); c != nil; c = w.pins.peek(nil, 0) {
 		p.leave(c)
