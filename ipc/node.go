@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -133,6 +134,22 @@ const (
 // variables may be there.
 func NodeEnv(fd int) []string {
 	return []string{nodeFDVar + "=" + strconv.Itoa(fd), nodeModeVar + "=json"}
+}
+
+// Environ returns environ without the variables that tell a program of a
+// channel: those that this process was started with are not its children's, and
+// of two values of a variable some programs take the first.
+func Environ(environ []string) []string {
+	return slices.DeleteFunc(slices.Clone(environ), func(kv string) bool {
+		name, _, _ := strings.Cut(kv, "=")
+		return name == FDVar || name == nodeFDVar || name == nodeModeVar
+	})
+}
+
+// Advanced reports whether environ asks for Node's serialization "advanced",
+// which no NodeConn speaks.
+func Advanced(environ []string) bool {
+	return slices.Contains(environ, nodeModeVar+"=advanced")
 }
 
 // Serve implements Conn.

@@ -138,8 +138,10 @@ type Options struct {
 	MaxMemory int64
 	// Heartbeat has a worker that holds tasks and says nothing asked for a sign
 	// of life this often; one that gives none until the next time is killed. It
-	// needs Frames, and workers whose handlers do not hold up their channel (a
-	// Node handler that computes does). 0: never.
+	// needs workers whose handlers do not hold up their channel (a Node handler
+	// that computes does), and Frames, or Node: those are asked by the message
+	// {"type":"health_check"} and must answer {"type":"health_check_response"},
+	// which is no task's answer. 0: never.
 	Heartbeat time.Duration
 
 	// Breaker puts a circuit breaker around the pool; nil: none. Cache keeps
@@ -207,8 +209,8 @@ func (o *Options) complete() error {
 		return bad("Timeout, MaxTasks, MaxAge, MaxMemory, Heartbeat, StartTimeout, MaxMessage, Ageing and ScaleDownIdle must not be negative")
 	case o.MaxMemory > 0 && o.Protocol == Exec:
 		return bad("MaxMemory needs workers that stay; those of exec end with their task")
-	case o.Heartbeat > 0 && o.Protocol != Frames:
-		return bad("Heartbeat needs the protocol frames, not %s", o.Protocol)
+	case o.Heartbeat > 0 && o.Protocol != Frames && o.Protocol != Node:
+		return bad("Heartbeat needs the protocol frames or node, not %s", o.Protocol)
 	}
 	if o.Protocol == Exec {
 		// A process per task: a slot for each that may run.
@@ -285,8 +287,12 @@ func (o *Options) program() error {
 	} else if o.Dir, err = filepath.Abs(o.Dir); err != nil {
 		return fmt.Errorf("pool: the workers' folder: %w", err)
 	}
-	if o.Env == nil {
+	switch {
+	case o.Env == nil:
 		o.Env = os.Environ()
+	case o.Protocol == Node && ipc.Advanced(o.Env):
+		return errors.New("pool: NODE_CHANNEL_SERIALIZATION_MODE=advanced: workers are spoken to in JSON only, leave the variable out")
 	}
+	o.Env = ipc.Environ(o.Env)
 	return nil
 }

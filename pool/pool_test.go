@@ -76,7 +76,7 @@ func TestErrors(t *testing.T) {
 	}
 	for _, bad := range []Options{
 		{}, {Command: []string{"/nonexistent/x"}}, {Command: []string{"true"}, Protocol: "x"}, {Command: []string{"true"}, Size: -1},
-		{Command: []string{"true"}, Protocol: Node, Heartbeat: 1}, {Command: []string{"true"}, Name: "a b"}, {Command: []string{"true"}, Full: 7},
+		{Command: []string{"true"}, Protocol: JSONLines, Heartbeat: 1}, {Command: []string{"true"}, Protocol: Node, Env: []string{"NODE_CHANNEL_SERIALIZATION_MODE=advanced"}}, {Command: []string{"true"}, Name: "a b"}, {Command: []string{"true"}, Full: 7},
 		{Command: []string{"true"}, Size: 2, Min: 1}, {Command: []string{"true"}, Min: 3, Max: 2}, {Command: []string{"true"}, Balance: 9},
 		{Command: []string{"true"}, Spares: -1}, {Command: []string{"true"}, MaxMemory: 1, Protocol: Exec}, {Command: []string{"true"}, Ageing: -1},
 	} {
