@@ -258,7 +258,7 @@ func TestBreakerOptions(t *testing.T) {
 	}
 }
 
-// Of a thousand that come at once when the breaker may be tried, one gets
+// Of two hundred that come at once when the breaker may be tried, one gets
 // through, and the changes are told in order although they come from many.
 func TestBreakerOneProbe(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -270,13 +270,13 @@ func TestBreakerOneProbe(t *testing.T) {
 			t.Fatal(err)
 		}
 		died := &WorkerError{Kind: ErrWorkerDied}
-		for round := range 20 {
+		for round := range 10 {
 			_ = guard(b, func() error { return died })
 			time.Sleep(time.Second)
 			var wg sync.WaitGroup
 			var mu sync.Mutex
 			through, refused := 0, 0
-			for range 1000 {
+			for range 200 {
 				wg.Go(func() {
 					err := guard(b, func() error {
 						time.Sleep(time.Second / 2)
@@ -292,14 +292,14 @@ func TestBreakerOneProbe(t *testing.T) {
 				})
 			}
 			wg.Wait()
-			if through != 1 || refused != 999 {
+			if through != 1 || refused != 199 {
 				t.Fatalf("round %d: %d got through, %d were refused", round, through, refused)
 			}
 		}
-		if got := strings.Join(told, " "); got != strings.TrimSpace(strings.Repeat("open half-open closed ", 20)) {
+		if got := strings.Join(told, " "); got != strings.TrimSpace(strings.Repeat("open half-open closed ", 10)) {
 			t.Errorf("told %s", got)
 		}
-		if s := b.stats(); s.Opened != 20 || s.Refused != 20*999 || s.State != BreakerClosed || s.Cause != "" {
+		if s := b.stats(); s.Opened != 10 || s.Refused != 10*199 || s.State != BreakerClosed || s.Cause != "" {
 			t.Errorf("stats = %+v", s)
 		}
 	})

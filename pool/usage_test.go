@@ -8,7 +8,7 @@ import (
 )
 
 // What is summed up, of all time and lately, is what a model finds that looks at
-// each millisecond.
+// each twenty milliseconds.
 func TestUsageModel(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		type level struct{ want, up, busy, taken, waiting int }
@@ -17,15 +17,15 @@ func TestUsageModel(t *testing.T) {
 			u                    = usage{want: &want, taken: &taken, waiting: &waiting}
 			start                = time.Unix(1000, 0)
 			now                  = start
-			past                 []level // by millisecond
-			ended                []int64 // tasks, the millisecond
-			turn                 = int64(turnTime / time.Millisecond)
+			past                 []level // by tick
+			ended                []int64 // tasks, the tick
+			turn                 = int64(turnTime / (20 * time.Millisecond))
 			places               = rapid.IntRange(1, 4).Draw(t, "places")
-			tick                 = time.Millisecond
+			tick                 = 20 * time.Millisecond
 		)
 		u.advance(now)
 		for range rapid.IntRange(1, 30).Draw(t, "steps") {
-			for range rapid.IntRange(0, int(turn)*2/(1+rapid.IntRange(0, 9).Draw(t, "pace"))).Draw(t, "ms") {
+			for range rapid.IntRange(0, int(turn)*2/(1+rapid.IntRange(0, 9).Draw(t, "pace"))).Draw(t, "ticks") {
 				past = append(past, level{want, u.up, u.busy, taken, waiting})
 				now = now.Add(tick)
 			}

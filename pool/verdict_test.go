@@ -89,7 +89,7 @@ func bring(t *testing.T, p *Pool, want Bottleneck, callers int, task Task) Stats
 	}
 	var s Stats
 	for ctx.Err() == nil {
-		if s = p.Stats(); s.Verdict.Bottleneck == want && s.Done > 20 {
+		if s = p.Stats(); s.Verdict.Bottleneck == want && s.Done > 5 {
 			break
 		}
 		time.Sleep(10 * time.Millisecond)
@@ -122,7 +122,7 @@ func TestVerdictOfRealPools(t *testing.T) {
 	t.Run("starts", func(t *testing.T) {
 		t.Parallel()
 		s := bring(t, newPool(t, Options{Size: 1, MaxTasks: 1}), StartBound, 3, Task{})
-		if s.Start.Count < 20 || s.Start.P50 == 0 || s.Recent.Recycled == 0 || !strings.Contains(s.Verdict.Advice, "MaxTasks") {
+		if s.Start.Count < 5 || s.Start.P50 == 0 || s.Recent.Recycled == 0 || !strings.Contains(s.Verdict.Advice, "MaxTasks") {
 			t.Errorf("%+v", s)
 		}
 	})
