@@ -25,6 +25,7 @@ type Channel struct {
 	in   *inbox
 	r    frameReader
 	peer atomic.Int64 // the largest payload that the other side takes
+	open atomic.Bool  // the other side takes descriptors
 }
 
 // Pair makes the two ends of a channel, both close-on-exec. The caller owns
@@ -57,22 +58,16 @@ func NewChannel(f *os.File, o ChannelOptions) (*Channel, error) {
 	if c.r.limit <= 0 {
 		c.r.limit = DefaultMaxFrame
 	}
-	c.r.r, c.r.between = in, c.stray
+	c.r.r = in
 	c.peer.Store(DefaultMaxFrame)
 	return c, nil
 }
 
-// stray says what is wrong where descriptors are left and all bytes are read.
-func (c *Channel) stray() error {
-	if n := c.in.waiting(); n > 0 {
-		return fmt.Errorf("%w: %d descriptors that no frame has announced", ErrProtocol, n)
-	}
-	return nil
+// SetPeer sets what the other side takes, as its hello says.
+func (c *Channel) SetPeer(h Hello) {
+	c.peer.Store(int64(h.MaxFrame))
+	c.open.Store(h.Files)
 }
-
-// SetPeerMax sets the largest payload that the other side takes, as its hello
-// said.
-func (c *Channel) SetPeerMax(n int) { c.peer.Store(int64(n)) }
 
 // Send sends a frame. It does not wait for the other side: ErrFull says that
 // too much waits already, ErrTooLarge that the other side would not take it,
@@ -111,7 +106,7 @@ func (c *Channel) tooLarge(n int) error {
 // SendHello sends the hello.
 func (c *Channel) SendHello(h Hello) error {
 	h.Remuda = Version
-	h.MaxFrame = c.r.limit
+	h.MaxFrame, h.Files = c.r.limit, true
 	if err := c.w.queue(AppendHello(nil, h), nil); err != nil {
 		return err
 	}
@@ -119,26 +114,63 @@ func (c *Channel) SendHello(h Hello) error {
 	return nil
 }
 
+// Answer is what goes with an answer.
+type Answer struct {
+	Took  time.Duration // in the handler; 0: not told
+	Files []*os.File    // at most MaxFiles; the caller's. Not with an error
+	Soon  bool          // as SendSoon
+}
+
+// SendResult sends a result, as Send does. ErrNoFiles: the other side takes no
+// descriptors.
+func (c *Channel) SendResult(id uint32, payload []byte, a Answer) error {
+	if int64(len(payload)) > c.peer.Load() {
+		return c.tooLarge(len(payload))
+	}
+	var space [2*HeaderSize + MaxFiles]byte
+	head, fds, err := c.handles(space[:0], id, a.Files)
+	if err != nil {
+		return err
+	}
+	at := len(head)
+	head = AppendHeader(head, TypeResult, id, len(payload))
+	setTook(head[at:], a.Took)
+	if err := c.w.queueFDs(head, payload, fds); err != nil {
+		return err
+	}
+	c.w.flush(a.Soon)
+	return nil
+}
+
 // SendError sends an error frame.
-func (c *Channel) SendError(id uint32, e *TaskError, soon bool) error {
+func (c *Channel) SendError(id uint32, e *TaskError, a Answer) error {
 	b := AppendError(nil, id, e)
 	if int64(len(b)-HeaderSize) > c.peer.Load() {
 		b = AppendError(nil, id, &TaskError{Code: e.Code, Message: "the error is too large to be sent"})
 	}
+	setTook(b, a.Took)
 	if err := c.w.queue(b, nil); err != nil {
 		return err
 	}
-	c.w.flush(soon)
+	c.w.flush(a.Soon)
 	return nil
 }
 
 // Receive returns the next frame: io.EOF at the end between two frames,
 // ErrProtocol or ErrTooLarge, io.ErrUnexpectedEOF within a frame, or the
-// system's error. The payload is the caller's to keep only where owned is set;
+// system's error. A HANDLES frame is no frame of its own here: what it announces
+// is in the Files of the one that it precedes. The payload is the caller's to keep only where owned is set;
 // else it is valid until the next call. more says that another frame is here
 // already.
 func (c *Channel) Receive() (f Frame, owned, more bool, err error) {
 	f, owned, err = c.r.next()
+	if err == nil && f.Type == TypeHandles {
+		f, owned, err = c.withFiles(f)
+	}
+	if err == nil && c.r.start == c.r.end && c.in.waiting() > 0 {
+		closeFiles(f.Files)
+		err = fmt.Errorf("%w: descriptors that no frame has announced", ErrProtocol)
+	}
 	if err != nil {
 		if errors.Is(err, unix.ECONNRESET) { // it ended with frames unread
 			err = io.EOF

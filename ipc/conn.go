@@ -9,11 +9,16 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"github.com/remuda-dev/remuda/internal/fdpass"
 )
 
 // Conn is the parent's end of one worker's channel. Serve is called once;
 // everything else may be called from any goroutine, also from a Receiver's
 // methods, and does not wait for the worker.
+//
+// Files that came with an answer are in [Request.Got] when its Receiver is told
+// the end, which owns them then.
 type Conn interface {
 	// Serve reads until the channel ends and hands on what arrives. ready is
 	// called once, when the worker is ready for tasks. Every request that is
@@ -56,13 +61,14 @@ type Request struct {
 	Name    string        // at most 1 KiB; frames only
 	Body    []byte        // JSON for all but frames
 	Timeout time.Duration // told to the worker; 0: none
-	To      Receiver
-
 	// Files go along; they are duplicated before Start returns and stay the
-	// caller's. Node takes one. Got are those that came with the answer, set
-	// before End is called, whose receiver owns them.
+	// caller's. Frames take MaxFiles, Node takes one.
 	Files []*os.File
-	Got   []*os.File
+	To    Receiver
+
+	// Of the answer, set before End:
+	Got  []*os.File    // what came along; the Receiver's own
+	Took time.Duration // in the worker's handler, as it says; 0: not told
 
 	id        uint32
 	sent      bool
@@ -70,7 +76,10 @@ type Request struct {
 }
 
 // Reset makes a request that has ended ready to be started again.
-func (r *Request) Reset() { r.id, r.sent, r.cancelled, r.Got = 0, false, false, nil }
+func (r *Request) Reset() {
+	r.id, r.sent, r.cancelled = 0, false, false
+	r.Got, r.Took = nil, 0
+}
 
 // Options bound what a Conn takes. The zero value is useful.
 type Options struct {
@@ -115,7 +124,7 @@ func NewFrames(f *os.File, o Options) (Conn, error) {
 		return nil, err
 	}
 	// Queued now, so that it is the first frame whatever is called next.
-	hello := AppendHello(nil, Hello{Remuda: Version, MaxFrame: ch.r.limit, Concurrency: o.Concurrency})
+	hello := AppendHello(nil, Hello{Remuda: Version, MaxFrame: ch.r.limit, Concurrency: o.Concurrency, Files: true})
 	if err := ch.w.queue(hello, nil); err != nil {
 		return nil, err
 	}
@@ -168,6 +177,10 @@ func (c *frames) turn(ready func()) error {
 }
 
 func (c *frames) handle(f Frame, owned bool, ready func()) error {
+	if f.Files != nil && f.Type != TypeResult {
+		closeFiles(f.Files)
+		return fmt.Errorf("%w: descriptors with a frame %s of a worker", ErrProtocol, f.Type)
+	}
 	if !c.ready && f.Type != TypeHello {
 		return fmt.Errorf("%w: the worker's first frame is %s, not HELLO", ErrProtocol, f.Type)
 	}
@@ -187,7 +200,7 @@ func (c *frames) handle(f Frame, owned bool, ready func()) error {
 			return err
 		}
 		c.ready = true
-		c.ch.SetPeerMax(h.MaxFrame)
+		c.ch.SetPeer(h)
 		if ready != nil {
 			ready()
 		}
@@ -197,8 +210,10 @@ func (c *frames) handle(f Frame, owned bool, ready func()) error {
 		delete(c.pending, f.ID)
 		c.mu.Unlock()
 		if r == nil {
+			closeFiles(f.Files)
 			return fmt.Errorf("%w: %s for %d, which is no task under way", ErrProtocol, f.Type, f.ID)
 		}
+		r.Got, r.Took = f.Files, f.Took
 		if f.Type == TypeResult {
 			r.To.End(r, keep(), nil)
 			return nil
@@ -245,15 +260,23 @@ func (c *frames) Start(r *Request) error {
 	if len(r.Body) > math.MaxUint32-taskHeader-maxName {
 		return fmt.Errorf("%w: %d bytes", ErrTooLarge, len(r.Body))
 	}
+	var fds []int
+	if len(r.Files) > 0 {
+		var err error
+		if fds, err = c.ch.dup(r.Files); err != nil {
+			return err
+		}
+	}
 	var space [128]byte
 	c.mu.Lock()
-	if c.err != nil {
+	if c.err != nil || r.cancelled {
+		err := c.err
 		c.mu.Unlock()
-		return c.err
-	}
-	if r.cancelled {
-		c.mu.Unlock()
-		return ErrCancelled
+		fdpass.Close(fds)
+		if err == nil {
+			err = ErrCancelled
+		}
+		return err
 	}
 	for {
 		c.last++
@@ -262,7 +285,8 @@ func (c *frames) Start(r *Request) error {
 		}
 	}
 	// Queued under the lock, so that a cancel comes after it.
-	if err := c.ch.w.queue(appendTask(space[:0], c.last, r.Name, r.Timeout, len(r.Body)), r.Body); err != nil {
+	head := appendTask(appendHandles(space[:0], c.last, fds), c.last, r.Name, r.Timeout, len(r.Body))
+	if err := c.ch.w.queueFDs(head, r.Body, fds); err != nil {
 		c.mu.Unlock()
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"time"
 
 	"github.com/remuda-dev/remuda/internal/jsondepth"
@@ -46,13 +47,14 @@ const (
 	TypePing     Type = 8  // both: are you there?
 	TypePong     Type = 9  // both: the answer, with the ping's id and payload
 	TypeStop     Type = 10 // to the worker: finish what you have, then end
+	TypeHandles  Type = 11 // both: descriptors that belong to the next frame
 )
 
 // Optional reports whether a reader that does not know the type skips it.
 func (t Type) Optional() bool { return t >= 128 }
 
 func (t Type) String() string {
-	names := [...]string{"0", "HELLO", "TASK", "RESULT", "ERROR", "PROGRESS", "CHUNK", "CANCEL", "PING", "PONG", "STOP"}
+	names := [...]string{"0", "HELLO", "TASK", "RESULT", "ERROR", "PROGRESS", "CHUNK", "CANCEL", "PING", "PONG", "STOP", "HANDLES"}
 	if int(t) < len(names) {
 		return names[t]
 	}
@@ -64,6 +66,8 @@ type Frame struct {
 	Type    Type
 	ID      uint32 // which task or ping it belongs to; 0 for none
 	Payload []byte
+	Took    time.Duration // RESULT and ERROR: the handler's time as it says; 0: not told
+	Files   []*os.File    // TASK and RESULT: what came along; the receiver's own
 }
 
 var (
@@ -91,11 +95,23 @@ func AppendFrame(dst []byte, f Frame) []byte {
 	return append(AppendHeader(dst, f.Type, f.ID, len(f.Payload)), f.Payload...)
 }
 
+// maxTook is the longest time that an answer can tell.
+const maxTook = (1<<24 - 1) * time.Microsecond
+
+// setTook puts a handler's time into a header.
+func setTook(header []byte, took time.Duration) {
+	if took <= 0 {
+		return
+	}
+	us := uint32(max(min(took, maxTook)/time.Microsecond, 1)) // 0 would mean that it is not told
+	header[5], header[6], header[7] = byte(us), byte(us>>8), byte(us>>16)
+}
+
 // parseHeader reads a header of HeaderSize bytes.
 func parseHeader(b []byte, limit int) (t Type, id uint32, n int, err error) {
 	size := binary.LittleEndian.Uint32(b)
 	t = Type(b[4])
-	if b[5] != 0 || b[6] != 0 || b[7] != 0 {
+	if t != TypeResult && t != TypeError && (b[5] != 0 || b[6] != 0 || b[7] != 0) {
 		return 0, 0, 0, fmt.Errorf("%w: the header's reserved bytes are not zero", ErrProtocol)
 	}
 	if t == 0 {
@@ -108,10 +124,10 @@ func parseHeader(b []byte, limit int) (t Type, id uint32, n int, err error) {
 		limit = min(limit, maxPing)
 	case TypeTask:
 		limit += taskHeader + maxName
-	case TypeStop:
+	case TypeStop, TypeCancel:
 		limit = 0
-	case TypeCancel:
-		limit = 0
+	case TypeHandles:
+		limit = min(limit, MaxFiles)
 	}
 	if uint64(size) > uint64(limit) {
 		return 0, 0, 0, fmt.Errorf("%w: %s frame of %d bytes, where %d are allowed", ErrTooLarge, t, size, limit)
@@ -127,6 +143,8 @@ type Hello struct {
 	SDK      string `json:"sdk,omitempty"` // worker: "go", "node 20.1", …
 	// Concurrency is how many tasks the parent will have under way at a time.
 	Concurrency int `json:"concurrency,omitempty"`
+	// Files says that the sender takes descriptors with tasks or results.
+	Files bool `json:"files,omitempty"`
 }
 
 // AppendHello appends a hello frame.
@@ -230,16 +248,28 @@ const readSize = 16 << 10
 // frameReader takes frames off a stream.
 type frameReader struct {
 	r          io.Reader
-	between    func() error // called when nothing that was read is left; may be nil
 	buf        []byte
 	start, end int
 	limit      int
 }
 
-// whole reports whether the next frame is in the buffer already.
+// whole reports whether the next frame is in the buffer already,
+// with what precedes it.
 func (r *frameReader) whole() bool {
 	b := r.buf[r.start:r.end]
-	return len(b) >= HeaderSize && uint64(len(b)-HeaderSize) >= uint64(binary.LittleEndian.Uint32(b))
+	for {
+		if len(b) < HeaderSize {
+			return false
+		}
+		n := binary.LittleEndian.Uint32(b)
+		if uint64(len(b)-HeaderSize) < uint64(n) {
+			return false
+		}
+		if Type(b[4]) != TypeHandles {
+			return true
+		}
+		b = b[HeaderSize+n:]
+	}
 }
 
 // next returns the next frame. Unless owned is set, its payload is valid until
@@ -255,6 +285,10 @@ func (r *frameReader) next() (f Frame, owned bool, err error) {
 		return Frame{}, false, err
 	}
 	f = Frame{Type: t, ID: id}
+	if t == TypeResult || t == TypeError {
+		h := r.buf[r.start:]
+		f.Took = time.Duration(uint32(h[5])|uint32(h[6])<<8|uint32(h[7])<<16) * time.Microsecond
+	}
 	if HeaderSize+n <= len(r.buf) {
 		for r.end-r.start < HeaderSize+n {
 			if err := r.fill(); err != nil {
@@ -299,11 +333,6 @@ func (r *frameReader) fill() error {
 		r.buf = make([]byte, readSize)
 	}
 	if r.start == r.end {
-		if r.end > 0 && r.between != nil {
-			if err := r.between(); err != nil {
-				return err
-			}
-		}
 		r.start, r.end = 0, 0
 	} else if r.start > 0 {
 		r.end = copy(r.buf, r.buf[r.start:r.end])

@@ -12,9 +12,6 @@ import (
 	"github.com/remuda-dev/remuda/internal/fdpass"
 )
 
-// MaxFiles is how many descriptors a message carries at most.
-const MaxFiles = 16
-
 // inbox reads a Unix socket and keeps the descriptors that come along until
 // they are taken. One goroutine reads and takes; any may close.
 type inbox struct {
@@ -28,6 +25,8 @@ type inbox struct {
 	got  []int
 	err  error
 	step func(uintptr) bool
+
+	left atomic.Int32 // len(fds)
 
 	mu     sync.Mutex
 	fds    []int // in the order in which they came
@@ -89,15 +88,12 @@ func (in *inbox) add(fds []int) error {
 		return fmt.Errorf("%w: %d descriptors that no message has announced", ErrProtocol, len(in.fds)+len(fds))
 	}
 	in.fds = append(in.fds, fds...)
+	in.left.Store(int32(len(in.fds)))
 	return nil
 }
 
 // waiting is how many descriptors have come and were not taken.
-func (in *inbox) waiting() int {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	return len(in.fds)
-}
+func (in *inbox) waiting() int { return int(in.left.Load()) }
 
 // take returns the n descriptors that came first; they are the caller's.
 func (in *inbox) take(n int) ([]*os.File, error) { return in.takeAs(n, "received") }
@@ -119,6 +115,7 @@ func (in *inbox) takeAs(n int, name string) ([]*os.File, error) {
 	if in.fds = in.fds[n:]; len(in.fds) == 0 {
 		in.fds = nil
 	}
+	in.left.Store(int32(len(in.fds)))
 	return files, nil
 }
 
@@ -129,6 +126,7 @@ func (in *inbox) close() {
 	in.closed = true
 	fdpass.Close(in.fds)
 	in.fds = nil
+	in.left.Store(0)
 }
 
 // closeFiles closes files that nobody takes.

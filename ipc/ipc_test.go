@@ -62,7 +62,7 @@ func TestFrameReaderRefuses(t *testing.T) {
 		want error
 	}{
 		{"type 0", make([]byte, 12), ErrProtocol},
-		{"reserved", []byte{0, 0, 0, 0, 3, 1, 0, 0, 0, 0, 0, 0}, ErrProtocol},
+		{"reserved", []byte{0, 0, 0, 0, 5, 1, 0, 0, 0, 0, 0, 0}, ErrProtocol},
 		{"too large", big, ErrTooLarge},
 		{"hello too large", AppendHeader(nil, TypeHello, 0, maxHello+1), ErrTooLarge},
 		{"ping too large", AppendHeader(nil, TypePing, 0, 65), ErrTooLarge},
@@ -180,7 +180,7 @@ func TestChannelFull(t *testing.T) {
 	if !errors.Is(err, ErrFull) {
 		t.Errorf("Send to a side that does not read: %v", err)
 	}
-	c.SetPeerMax(10)
+	c.SetPeer(Hello{MaxFrame: 10})
 	if err := c.Send(TypeChunk, 1, make([]byte, 11)); !errors.Is(err, ErrTooLarge) {
 		t.Errorf("Send of more than the other side takes: %v", err)
 	}
@@ -197,6 +197,7 @@ type ends struct {
 func newEnds() *ends { return &ends{c: make(chan struct{}, 1000)} }
 
 func (e *ends) End(r *Request, body []byte, err error) {
+	closeFiles(r.Got)
 	e.mu.Lock()
 	e.got = append(e.got, fmt.Sprintf("%s: %s, %v", r.Body, body, err))
 	e.mu.Unlock()
@@ -302,7 +303,7 @@ func TestFramesConn(t *testing.T) {
 		t.Errorf("the worker got %v, want %v", got, want)
 	}
 	before := conn.Heard()
-	if err := errors.Join(w.Send(TypePong, 1, nil), w.Send(200, 0, []byte("extension")), w.Send(TypeResult, 2, []byte("two")), w.SendError(1, &TaskError{Message: "no"}, false)); err != nil {
+	if err := errors.Join(w.Send(TypePong, 1, nil), w.Send(200, 0, []byte("extension")), w.Send(TypeResult, 2, []byte("two")), w.SendError(1, &TaskError{Message: "no"}, Answer{})); err != nil {
 		t.Fatal(err)
 	}
 	<-e.c

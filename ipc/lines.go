@@ -215,6 +215,9 @@ func jsonLine(body []byte, limit int) ([]byte, error) {
 }
 
 func (c *lines) Start(r *Request) error {
+	if len(r.Files) > 0 {
+		return ErrNoFiles
+	}
 	body, err := jsonLine(r.Body, c.limit)
 	if err != nil {
 		return err

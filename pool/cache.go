@@ -17,7 +17,8 @@ import (
 // task is given up when the last has left. What ended in a result is kept for
 // TTL, a failure never is.
 //
-// Tasks with OnProgress or OnChunk are neither kept nor shared.
+// Tasks with OnProgress, OnChunk or Files are neither kept nor shared. Files that
+// come with a result are closed where a cache had the task done.
 //
 // Nothing is started or set aside as long as nothing is kept.
 type CacheOptions struct {
@@ -109,7 +110,7 @@ func newCache(o CacheOptions, next doFunc) (*cache, error) {
 
 // do answers a task from what is kept or under way, or by next.
 func (c *cache) do(ctx context.Context, t *Task) (Result, error) {
-	if t.CacheKey == "" || t.OnProgress != nil || t.OnChunk != nil {
+	if t.CacheKey == "" || t.OnProgress != nil || t.OnChunk != nil || len(t.Files) > 0 {
 		return c.next(ctx, t)
 	}
 	key, asked := cacheKey{t.Name, t.CacheKey}, time.Now()
@@ -185,6 +186,8 @@ func (c *cache) leave(key cacheKey, f *flight, why error) bool {
 func (c *cache) fly(key cacheKey, t *Task, f *flight) {
 	defer f.ctx.end(context.Canceled)
 	r, err := c.next(f.ctx, t)
+	closeFiles(r.Files) // which of the callers should get them?
+	r.Files = nil
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if f.waiting > 0 {

@@ -51,6 +51,9 @@ func (e *execSlot) Serve(ready func()) error {
 
 // Start implements ipc.Conn.
 func (e *execSlot) Start(r *ipc.Request) error {
+	if len(r.Files) > 0 {
+		return ipc.ErrNoFiles
+	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	switch {

@@ -13,6 +13,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/remuda-dev/remuda/ipc"
 	sdk "github.com/remuda-dev/remuda/worker"
 )
 
@@ -109,6 +110,11 @@ func handlers() sdk.Handlers {
 		"once": func(_ context.Context, t *sdk.Task) ([]byte, error) {
 			f, err := os.OpenFile(string(t.Body), os.O_CREATE|os.O_EXCL, 0o600)
 			if err != nil {
+				for _, f := range t.Files {
+					if _, err := f.WriteString("again"); err != nil {
+						return nil, err
+					}
+				}
 				return []byte("again"), nil
 			}
 			f.Close()
@@ -122,6 +128,86 @@ func handlers() sdk.Handlers {
 				}
 			}
 			return []byte("end"), nil
+		},
+		"hello": func(_ context.Context, t *sdk.Task) ([]byte, error) {
+			c, err := t.Conn(0)
+			if err != nil {
+				return nil, err
+			}
+			_, err = c.Write([]byte("hello"))
+			c.Close()
+			return []byte(strconv.Itoa(len(t.Files))), err
+		},
+		"accept": func(_ context.Context, t *sdk.Task) ([]byte, error) {
+			l, err := t.Listener(0)
+			if err != nil {
+				return nil, err
+			}
+			c, err := l.Accept()
+			if err != nil {
+				return nil, err
+			}
+			_, err = c.Write([]byte("hello"))
+			c.Close()
+			l.Close()
+			return nil, err
+		},
+		"udp": func(_ context.Context, t *sdk.Task) ([]byte, error) {
+			c, err := t.PacketConn(0)
+			if err != nil {
+				return nil, err
+			}
+			defer c.Close()
+			b := make([]byte, 10)
+			n, who, err := c.ReadFrom(b)
+			if err == nil {
+				_, err = c.WriteTo(b[:n], who)
+			}
+			return nil, err
+		},
+		"count": func(context.Context, *sdk.Task) ([]byte, error) {
+			dir, err := os.ReadDir("/proc/self/fd")
+			return []byte(strconv.Itoa(len(dir))), err
+		},
+		"write": func(_ context.Context, t *sdk.Task) ([]byte, error) {
+			for _, f := range t.Files {
+				if _, err := f.Write(t.Body); err != nil {
+					return nil, err
+				}
+			}
+			return nil, nil
+		},
+		"give": func(_ context.Context, t *sdk.Task) ([]byte, error) {
+			r, w, err := os.Pipe()
+			if err != nil {
+				return nil, err
+			}
+			a, b, err := ipc.Pair()
+			if err != nil {
+				return nil, err
+			}
+			t.Attach(r, b)
+			for _, f := range []*os.File{w, a} {
+				if _, err := f.Write(t.Body); err != nil {
+					return nil, err
+				}
+				f.Close()
+			}
+			return nil, nil
+		},
+		"back": func(_ context.Context, t *sdk.Task) ([]byte, error) {
+			t.Attach(t.Files...)
+			return nil, nil
+		},
+		"many": func(_ context.Context, t *sdk.Task) ([]byte, error) {
+			for range ipc.MaxFiles + 1 {
+				f, err := os.Open(os.DevNull)
+				if err != nil {
+					return nil, err
+				}
+				t.Attach(f)
+			}
+			return nil, nil
 		},
 	}
 }

@@ -24,6 +24,12 @@ type Task struct {
 	// else for the others. It must not be changed any more, also not when Do
 	// has returned early.
 	Body []byte
+	// Files go to the worker as duplicates: connections, listeners, other
+	// sockets, files. They stay the caller's, open until Do has returned. At
+	// most [ipc.MaxFiles] for [Frames], where the worker must take files
+	// (ipc.ErrNoFiles), one for [Node], none for the others. A task that is tried
+	// again takes them along again.
+	Files []*os.File
 	// Priority is 0 to [MaxPriority]: as long as a task of a higher one waits,
 	// none of a lower one is begun (but see Options.Ageing).
 	Priority int
@@ -55,6 +61,7 @@ func (t *Task) check() error {
 // Result is what a task came to. The times are set for failures too.
 type Result struct {
 	Body     []byte        // the caller's own
+	Files    []*os.File    // what the worker sent along; the caller's own, to be closed
 	Wait     time.Duration // from Do to the start on the worker that ended it
 	Run      time.Duration // on that worker
 	PID      int           // of that worker; 0 for Exec and where there was none
@@ -442,9 +449,6 @@ func (p *Pool) take(w *worker) *call {
 // End implements ipc.Receiver.
 func (c *call) End(_ *ipc.Request, body []byte, err error) {
 	w := c.w // not changed while the request is under way
-	for _, f := range c.req.Got {
-		f.Close()
-	}
 	if next := c.p.settle(c, body, err); next != nil {
 		c.p.send(w, next)
 	}
@@ -501,6 +505,7 @@ func (p *Pool) settle(c *call, body []byte, err error) (next *call) {
 	case c.ended:
 		// Nobody waits; what is left is the timer that would kill the worker.
 		stopTimer(c)
+		c.dropFiles()
 	case errors.Is(err, ErrWorkerDied):
 		// Exec: the process was the task's own.
 		var we *WorkerError
@@ -519,10 +524,13 @@ func (p *Pool) settle(c *call, body []byte, err error) (next *call) {
 			go p.fill(to)
 		}
 	default:
+		c.res.Body = body
 		if err == nil {
 			p.suspects.clear(c)
+			c.res.Files = c.req.Got
+		} else {
+			c.dropFiles()
 		}
-		c.res.Body = body
 		p.finish(c, err)
 	}
 	if next = p.take(w); next == nil {

@@ -126,8 +126,9 @@ func TestSDKs(t *testing.T) {
 	}
 }
 
-// The smallest worker of the protocol's description does work.
-func TestSmallestWorker(t *testing.T) {
+// smallest is the worker of the protocol's description.
+func smallest(t testing.TB) string {
+	t.Helper()
 	doc, err := os.ReadFile("../docs/worker-protocol.md")
 	if err != nil {
 		t.Fatal(err)
@@ -136,11 +137,16 @@ func TestSmallestWorker(t *testing.T) {
 	if m == nil {
 		t.Fatal("no worker in the description")
 	}
+	return string(m[1])
+}
+
+// It does work.
+func TestSmallestWorker(t *testing.T) {
 	py, err := exec.LookPath("python3")
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := newPool(t, Options{Command: []string{py, write(t, "w.py", string(m[1]))}, Size: 1})
+	p := newPool(t, Options{Command: []string{py, write(t, "w.py", smallest(t))}, Size: 1})
 	if r, err := p.Do(limit(t), Task{Name: "x", Body: []byte("hello")}); err != nil || string(r.Body) != "hello" {
 		t.Errorf("Do = %s, %v", r.Body, err)
 	}

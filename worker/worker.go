@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"runtime"
 	"strconv"
@@ -46,9 +47,14 @@ var ErrNoChannel = errors.New("worker: " + ipc.FDVar + " is not set: this progra
 type Task struct {
 	Name string
 	Body []byte // the handler's own
+	// Files came with the task. They are closed when the handler has returned;
+	// one that keeps them sets Files to nil.
+	Files []*os.File
 
-	id  uint32
-	srv *server
+	id    uint32
+	srv   *server
+	began time.Time
+	reply []*os.File
 }
 
 // Progress tells whoever waits for the task how far it is. It may be called
@@ -59,6 +65,38 @@ func (t *Task) Progress(b []byte) error { return t.srv.ch.Send(ipc.TypeProgress,
 // order. It does not wait for the reader; ipc.ErrFull says that it does not
 // keep up. b must not be changed afterwards.
 func (t *Task) Chunk(b []byte) error { return t.srv.ch.Send(ipc.TypeChunk, t.id, b) }
+
+// Attach has files sent with the result. They are closed when that is sent, or
+// the handler has failed. At most ipc.MaxFiles may go with a result; one that
+// the parent does not take fails the task with the code "files". For the
+// handler's goroutine.
+func (t *Task) Attach(files ...*os.File) { t.reply = append(t.reply, files...) }
+
+// Conn returns the connection that is Files[i], a connected TCP or Unix socket.
+// It is the caller's, whatever becomes of Files.
+func (t *Task) Conn(i int) (net.Conn, error) { return socket(t, i, net.FileConn) }
+
+// Listener returns the listener that is Files[i]. It is the caller's, whatever
+// becomes of Files.
+func (t *Task) Listener(i int) (net.Listener, error) { return socket(t, i, net.FileListener) }
+
+// PacketConn returns the UDP or Unix datagram socket that is Files[i]. It is the
+// caller's, whatever becomes of Files.
+func (t *Task) PacketConn(i int) (net.PacketConn, error) { return socket(t, i, net.FilePacketConn) }
+
+func socket[T any](t *Task, i int, of func(*os.File) (T, error)) (c T, err error) {
+	if i < 0 || i >= len(t.Files) {
+		return c, &Error{Code: CodeFiles, Message: fmt.Sprintf("file %d of the task is wanted, and it came with %d", i, len(t.Files))}
+	}
+	if c, err = of(t.Files[i]); err != nil {
+		return c, &Error{Code: CodeFiles, Message: fmt.Sprintf("file %d of the task: %v", i, err)}
+	}
+	return c, nil
+}
+
+// CodeFiles is the code of the failure of a task whose files are not what is
+// needed, or whose answer's cannot be sent.
+const CodeFiles = "files"
 
 // JSON makes a handler of a function that takes and gives values of JSON. A
 // body that is not what In wants is a failure with the code "invalid".
@@ -168,6 +206,9 @@ func (s *server) serve() error {
 		if !greeted && f.Type != ipc.TypeHello {
 			return fmt.Errorf("%w: the parent's first frame is %s, not HELLO", ipc.ErrProtocol, f.Type)
 		}
+		if f.Files != nil && (f.Type != ipc.TypeTask || stopping) {
+			closeAll(f.Files)
+		}
 		switch f.Type {
 		case ipc.TypeHello:
 			h, err := ipc.ParseHello(f.Payload)
@@ -175,20 +216,21 @@ func (s *server) serve() error {
 				return err
 			}
 			greeted = true
-			s.ch.SetPeerMax(h.MaxFrame)
+			s.ch.SetPeer(h)
 		case ipc.TypeTask:
 			name, timeout, body, err := ipc.ParseTask(f.Payload)
 			if err != nil {
+				closeAll(f.Files)
 				return err
 			}
 			if !owned {
 				body = append([]byte(nil), body...)
 			}
 			if stopping {
-				_ = s.ch.SendError(f.ID, &Error{Code: ipc.CodeCancelled, Message: "the worker is stopping"}, false)
+				_ = s.ch.SendError(f.ID, &Error{Code: ipc.CodeCancelled, Message: "the worker is stopping"}, ipc.Answer{})
 				continue
 			}
-			s.begin(&Task{Name: name, Body: body, id: f.ID, srv: s}, timeout)
+			s.begin(&Task{Name: name, Body: body, Files: f.Files, id: f.ID, srv: s}, timeout)
 		case ipc.TypeCancel:
 			s.mu.Lock()
 			cancel := s.tasks[f.ID]
@@ -245,9 +287,12 @@ func (s *server) run(ctx context.Context, cancel context.CancelFunc, t *Task) {
 			err = &Error{Code: ipc.CodePanic, Message: fmt.Sprint(r)}
 		}
 		s.answer(ctx, t, body, err)
+		closeAll(t.Files)
+		closeAll(t.reply)
 		cancel()
 		s.running.Done()
 	}()
+	t.began = time.Now()
 	h, ok := s.handlers[t.Name]
 	if !ok {
 		h, ok = s.handlers[""]
@@ -263,16 +308,16 @@ func (s *server) answer(ctx context.Context, t *Task, body []byte, err error) {
 	s.mu.Lock()
 	delete(s.tasks, t.id)
 	s.mu.Unlock()
-	busy := s.count.Add(-1) >= busyFrom
+	a := ipc.Answer{Took: max(time.Since(t.began), time.Microsecond), Soon: s.count.Add(-1) >= busyFrom}
 	if err == nil {
-		if busy {
-			err = s.ch.SendSoon(ipc.TypeResult, t.id, body)
-		} else {
-			err = s.ch.Send(ipc.TypeResult, t.id, body)
+		with := a
+		with.Files = t.reply
+		if err = s.ch.SendResult(t.id, body, with); err == nil {
+			return
 		}
-	}
-	if err == nil {
-		return
+		if len(t.reply) > 0 && !errors.Is(err, ipc.ErrClosed) {
+			err = &Error{Code: CodeFiles, Message: err.Error()}
+		}
 	}
 	var e *Error
 	switch {
@@ -282,7 +327,15 @@ func (s *server) answer(ctx context.Context, t *Task, body []byte, err error) {
 	default:
 		e = &Error{Message: err.Error()}
 	}
-	_ = s.ch.SendError(t.id, e, busy) // the channel has ended: nobody waits
+	_ = s.ch.SendError(t.id, e, a) // the channel has ended: nobody waits
+}
+
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		if f != nil {
+			f.Close()
+		}
+	}
 }
 
 // cancelAll ends the contexts of what runs, unless the end was asked for and

@@ -10,20 +10,27 @@ and newer. Standard library only.
     remuda_worker.serve({"thumbnail": thumbnail})
 """
 
+import array
+import fcntl
 import json
 import os
 import platform
 import queue
 import socket
+import stat
 import struct
 import threading
+import time
 
 __all__ = ["serve", "Task", "TaskError"]
 
 VERSION = 1
 MAX_FRAME = 64 << 20
-HELLO, TASK, RESULT, ERROR, PROGRESS, CHUNK, CANCEL, PING, PONG, STOP = range(1, 11)
-_HEADER = struct.Struct("<IB3xI")
+HELLO, TASK, RESULT, ERROR, PROGRESS, CHUNK, CANCEL, PING, PONG, STOP, HANDLES = range(1, 12)
+MAX_FILES = 16
+_HEADER = struct.Struct("<III")  # length, type and time, id
+_KINDS = {socket.SOCK_STREAM: 2, socket.SOCK_DGRAM: 3, socket.SOCK_SEQPACKET: 4}
+_ROOM = socket.CMSG_LEN(4 * MAX_FILES)
 _TASK = struct.Struct("<IH")
 
 
@@ -38,15 +45,18 @@ class TaskError(Exception):
 class Task:
     """What there is to do.
 
-    name, body (bytes), timeout (seconds, or None), and cancelled, an Event
-    that is set when the answer is not wanted any more.
+    name, body (bytes), timeout (seconds, or None), cancelled, an Event that is
+    set when the answer is not wanted any more, and files: sockets as
+    socket.socket, others as unbuffered binary files. They are closed when the
+    handler has returned; one that keeps a file takes it out of the list.
     """
 
-    __slots__ = ("name", "body", "timeout", "cancelled", "_id", "_channel")
+    __slots__ = ("name", "body", "timeout", "cancelled", "files", "_id", "_channel", "_reply")
 
-    def __init__(self, channel, id, name, timeout, body):
-        self._channel, self._id = channel, id
+    def __init__(self, channel, id, name, timeout, body, fds=()):
+        self._channel, self._id, self._reply = channel, id, []
         self.name, self.body = name, body
+        self.files = [_open(fd) for fd in fds]
         self.timeout = timeout / 1000 if timeout else None
         self.cancelled = threading.Event()
 
@@ -55,6 +65,11 @@ class Task:
         """The task as JSON; None where it is empty."""
         return json.loads(self.body) if self.body else None
 
+    def attach(self, *files):
+        """Has files (sockets, open files or descriptors) sent with the result,
+        at most 16. They are closed when it is sent or the handler has failed."""
+        self._reply.extend(files)
+
     def progress(self, value):
         """Tells whoever waits how far the task is."""
         self._channel.send(PROGRESS, self._id, _encode(value))
@@ -62,6 +77,32 @@ class Task:
     def chunk(self, value):
         """Sends a piece of the result ahead of the rest."""
         self._channel.send(CHUNK, self._id, _encode(value))
+
+
+def _open(fd):
+    """Makes an object of a descriptor."""
+    if stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return socket.socket(fileno=fd)
+    mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    return os.fdopen(fd, {os.O_RDONLY: "rb", os.O_WRONLY: "wb"}.get(mode, "r+b"), 0)
+
+
+def _kind(fd):
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return 1
+    s = socket.socket(fileno=fd)
+    try:
+        return _KINDS.get(s.type, 0)
+    finally:
+        s.detach()
+
+
+def _close(files):
+    for f in files:
+        try:
+            os.close(f) if isinstance(f, int) else f.close()
+        except OSError:
+            pass
 
 
 def _encode(value):
@@ -76,33 +117,88 @@ def _encode(value):
 class _Channel:
     def __init__(self, sock):
         self.sock = sock
-        self.file = sock.makefile("rb", buffering=65536)
+        self.buf, self.at = b"", 0
+        self.fds = []
         self.lock = threading.Lock()
-        self.peer_max = MAX_FRAME
+        self.peer_max, self.peer_files = MAX_FRAME, False
 
     def check(self, payload):
         if len(payload) > self.peer_max:
             raise TaskError("%d bytes are more than the %d that the parent takes" % (len(payload), self.peer_max), "too_large")
 
-    def send(self, type, id, payload=b""):
+    def send(self, type, id, payload=b"", took=0, files=()):
+        """took is in seconds."""
         self.check(payload)
+        if took:
+            type |= min(max(int(took * 1e6), 1), 0xFFFFFF) << 8
+        head = _HEADER.pack(len(payload), type, id)
+        fds = [f if isinstance(f, int) else f.fileno() for f in files]
+        if fds:
+            if len(fds) > MAX_FILES or not self.peer_files:
+                raise TaskError("%d files with a result, where the parent takes %d" % (len(fds), MAX_FILES if self.peer_files else 0), "files")
+            head = _HEADER.pack(len(fds), HANDLES, id) + bytes(map(_kind, fds)) + head
         with self.lock:
+            if fds:
+                rights = array.array("i", fds)
+                sent = self.sock.sendmsg([head], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+                head = head[sent:]
             if len(payload) < 65536:
-                self.sock.sendall(_HEADER.pack(len(payload), type, id) + payload)
+                self.sock.sendall(head + payload)
             else:
-                self.sock.sendall(_HEADER.pack(len(payload), type, id))
+                self.sock.sendall(head)
                 self.sock.sendall(payload)
 
     def receive(self):
         """Returns type, id and payload; None at the end."""
-        head = self.file.read(_HEADER.size)
-        if len(head) < _HEADER.size:
+        head = self._read(_HEADER.size)
+        if head is None:
             return None
         n, type, id = _HEADER.unpack(head)
+        if type > 255:
+            raise ValueError("reserved bytes in use")
         if n > MAX_FRAME + 2048:
             raise ValueError("frame of %d bytes" % n)
-        payload = self.file.read(n) if n else b""
-        return (type, id, payload) if len(payload) == n else None
+        payload = self._read(n)
+        return None if payload is None else (type, id, payload)
+
+    def take(self, n):
+        """Returns the n descriptors that came first."""
+        if n > len(self.fds):
+            raise ValueError("%d descriptors announced, %d came" % (n, len(self.fds)))
+        fds, self.fds = self.fds[:n], self.fds[n:]
+        return fds
+
+    def _read(self, n):
+        have = len(self.buf) - self.at
+        if have >= n:
+            self.at += n
+            return self.buf[self.at - n:self.at]
+        parts = [self.buf[self.at:]]
+        while have < n:
+            # What is large is read to its end and no further, so that it is
+            # put together once.
+            data = self._receive(min(n - have, 1 << 20) if n > 65536 else 65536)
+            if not data:
+                return None
+            parts.append(data)
+            have += len(data)
+        whole = b"".join(parts)
+        if have == n:
+            self.buf, self.at = b"", 0
+            return whole
+        self.buf, self.at = whole, n
+        return whole[:n]
+
+    def _receive(self, n):
+        data, control, flags, _ = self.sock.recvmsg(n, _ROOM, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, b in control:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds = array.array("i")
+                fds.frombytes(b[:len(b) - len(b) % fds.itemsize])
+                self.fds.extend(fds)
+        if flags & socket.MSG_CTRUNC:
+            raise ValueError("more descriptors came than there is room for")
+        return data
 
 
 class _Worker:
@@ -133,6 +229,7 @@ class _Worker:
             self.todo.put(None)
 
     stopped = False
+    coming = ()  # descriptors for the next frame
 
     def _turn(self):
         frame = self.channel.receive()
@@ -146,7 +243,8 @@ class _Worker:
             if _TASK.size + n > len(payload):
                 raise ValueError("short task")
             name = payload[_TASK.size:_TASK.size + n].decode()
-            task = Task(self.channel, id, name, timeout, payload[_TASK.size + n:])
+            task = Task(self.channel, id, name, timeout, payload[_TASK.size + n:], self.coming)
+            self.coming = ()
             with self.lock:
                 self.tasks[id] = task
             self.todo.put(task)
@@ -155,6 +253,8 @@ class _Worker:
                 task = self.tasks.get(id)
             if task is not None:
                 task.cancelled.set()
+        elif type == HANDLES:
+            self.coming = self.channel.take(len(payload))
         elif type == PING:
             self.channel.send(PONG, id, payload)
         elif type == HELLO:
@@ -162,6 +262,7 @@ class _Worker:
             if hello.get("remuda") != VERSION:
                 raise ValueError("the parent speaks version %r of the protocol, this SDK version %d" % (hello.get("remuda"), VERSION))
             self.channel.peer_max = hello.get("max_frame") or MAX_FRAME
+            self.channel.peer_files = bool(hello.get("files"))
             self.concurrency = max(1, hello.get("concurrency") or 1)
             self.greeted.set()
         elif type == STOP:
@@ -183,29 +284,30 @@ class _Worker:
             finally:
                 with self.lock:
                     self.tasks.pop(task._id, None)
+                _close(task.files)
+                _close(task._reply)
 
     def _answer(self, task):
+        began = time.monotonic()
         try:
             h = self.handlers.get(task.name) or self.handlers.get("")
             if h is None:
                 raise TaskError("this worker has no handler for the task %r" % task.name, "unknown_task")
             b = _encode(h(task))
-            self.channel.check(b)
+            self.channel.send(RESULT, task._id, b, time.monotonic() - began, task._reply)
         except TaskError as e:
-            self._fail(task, e)
+            self._fail(task, e, began)
         except Exception as e:
-            self._fail(task, TaskError(str(e) or repr(e), type(e).__name__))
-        else:
-            self.channel.send(RESULT, task._id, b)
+            self._fail(task, TaskError(str(e) or repr(e), type(e).__name__), began)
 
-    def _fail(self, task, e):
+    def _fail(self, task, e, began):
         try:
             b = _encode({k: v for k, v in (("message", e.message), ("code", e.code), ("data", e.data)) if v})
         except (TypeError, ValueError):
             b = _encode({"message": e.message})
         if len(b) > self.channel.peer_max:
             b = _encode({"message": "the error is too large to be sent"})
-        self.channel.send(ERROR, task._id, b)
+        self.channel.send(ERROR, task._id, b, time.monotonic() - began)
 
 
 def serve(handlers):
@@ -224,7 +326,7 @@ def serve(handlers):
         handlers = {"": handlers}
     os.set_inheritable(int(fd), False)
     channel = _Channel(socket.socket(fileno=int(fd)))
-    hello = {"remuda": VERSION, "max_frame": MAX_FRAME, "pid": os.getpid(), "sdk": "python " + platform.python_version()}
+    hello = {"remuda": VERSION, "max_frame": MAX_FRAME, "pid": os.getpid(), "files": True, "sdk": "python " + platform.python_version()}
     channel.send(HELLO, 0, _encode(hello))
     w = _Worker(channel, handlers)
     reader = threading.Thread(target=w.read, daemon=True)
