@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/remuda-dev/remuda/client"
+	"github.com/remuda-dev/remuda/internal/config"
 )
 
 func since(t time.Time) string {
@@ -111,7 +112,8 @@ func description(d *client.Detail, p paint, now time.Time) string {
 		pair{"script", label(spec.Script)},
 		pair{"interpreter", label(spec.Interpreter)},
 		pair{"cwd", label(spec.Cwd)},
-		pair{"mode", label(d.ExecMode)},
+		pair{"mode", modeWords(d)},
+		pair{"sockets", socketWords(spec.Sockets)},
 		pair{"instances", strconv.Itoa(spec.Instances)},
 		pair{"variables", plural(len(spec.Env), "variable") + " (`remuda env " + strconv.Itoa(d.ID) + "`)"},
 		pair{"from", label(spec.Source)},
@@ -149,6 +151,21 @@ func description(d *client.Detail, p paint, now time.Time) string {
 		}
 	}
 	return b.String()
+}
+
+func modeWords(d *client.Detail) string {
+	if d.Spec.Sticky {
+		return label(d.ExecMode) + ", sticky"
+	}
+	return label(d.ExecMode)
+}
+
+func socketWords(list []config.Socket) string {
+	var words []string
+	for _, s := range list {
+		words = append(words, label(s.String()))
+	}
+	return strings.Join(words, ", ")
 }
 
 func limitSize(n int64) string {

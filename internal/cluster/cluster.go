@@ -18,7 +18,8 @@
 // 51 %; the median request took 1.9 ms from one client, dealt out 2.1 ms.
 //
 // It must never start or signal a process, decide when a worker is replaced,
-// or import another package of Remuda than internal/nodeipc.
+// or import another package of Remuda than internal/nodeipc and
+// internal/sockets.
 package cluster
 
 import (
@@ -31,6 +32,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/remuda-dev/remuda/internal/sockets"
 )
 
 const (
@@ -75,9 +78,6 @@ func ParsePolicy(s string) (Policy, error) {
 	return Shared, fmt.Errorf("NODE_CLUSTER_SCHED_POLICY=%.40q is not known: want none or rr", s)
 }
 
-// Owner is the user in whose name Unix sockets are made.
-type Owner struct{ UID, GID int }
-
 // Options of a Primary. The zero value is of use.
 type Options struct {
 	// Store keeps the listeners, under the names that Listeners has them by
@@ -89,7 +89,7 @@ type Options struct {
 	Policy    Policy
 	// Owner is whose files Unix sockets become, and whose rights decide
 	// whether they may be made. Nil: this process's.
-	Owner *Owner
+	Owner *sockets.Owner
 	// Linger is how long a listener waits, when the program itself closed it
 	// and goes on running without, before the port is given back. 0: 30 s;
 	// less: for ever.
@@ -123,7 +123,7 @@ type listener struct {
 	key    string
 	fd     int // not an *os.File: Go's poller would wake up for each connection
 	typ    string
-	place  place
+	place  sockets.Place
 	data   json.RawMessage
 	users  map[*Worker]struct{}
 	linger *time.Timer
@@ -168,7 +168,7 @@ func NewPrimary(o Options) (*Primary, error) {
 
 // newListener takes over fd. The caller holds p.mu or is the only one.
 func (p *Primary) newListener(key string, fd int) *listener {
-	l := &listener{key: key, fd: fd, typ: handleType(fd), place: placeOf(fd), users: make(map[*Worker]struct{})}
+	l := &listener{key: key, fd: fd, typ: handleType(fd), place: sockets.PlaceOf(fd), users: make(map[*Worker]struct{})}
 	if p.o.Policy == RoundRobin && l.typ == "net.Native" {
 		l.dealer = p.deal(l)
 	}
@@ -208,7 +208,7 @@ func (p *Primary) Prune() {
 // drop closes a listener for good. p.mu is held.
 func (p *Primary) drop(l *listener) {
 	p.shut(l)
-	l.place.remove(p.o.Owner)
+	l.place.Remove(p.o.Owner)
 	delete(p.listeners, l.key)
 	if p.o.Store != nil {
 		if err := p.o.Store.Drop(l.key); err != nil {
@@ -342,7 +342,7 @@ func (p *Primary) query(w *Worker, seq int64, q query) {
 // listener finds or makes the listener for q. p.mu is held.
 func (p *Primary) listener(key string, q query) (*listener, unix.Errno) {
 	l := p.listeners[key]
-	if l != nil && l.place.lost() {
+	if l != nil && l.place.Lost() {
 		// Those that have the old one finish what is in its queue.
 		p.shut(l)
 		delete(p.listeners, key)

@@ -45,9 +45,14 @@ type App struct {
 	// from instance to instance ("" for none).
 	IncrementVar string `json:"increment_var,omitempty"`
 	ExecMode     string `json:"exec_mode"` // "fork" | "cluster"
-	User         string `json:"user,omitempty"`
-	Group        string `json:"group,omitempty"`
-	Umask        string `json:"umask,omitempty"` // octal, "" = inherited
+	// Sticky: in cluster mode, a client's connections go to one instance as
+	// long as that is there.
+	Sticky bool `json:"sticky,omitempty"`
+	// Sockets are opened for the app and handed to each of its processes.
+	Sockets []Socket `json:"sockets,omitempty"`
+	User    string   `json:"user,omitempty"`
+	Group   string   `json:"group,omitempty"`
+	Umask   string   `json:"umask,omitempty"` // octal, "" = inherited
 
 	Autostart bool `json:"autostart"` // false: added as stopped
 

@@ -885,8 +885,9 @@ func (a *pm2App) mode() {
 			a.bad("instances", "%s where a number or \"max\" should be", f.val.kind)
 		}
 	}
-	base := strings.TrimRight(filepath.Base(a.app.Interpreter), "0123456789.")
-	clusters := strings.HasSuffix(base, "node") || strings.HasSuffix(base, "bun") || base == "nodejs"
+	clusters := IsNode(a.app.Interpreter)
+	// PM2 has these in cluster mode, too.
+	others := !clusters && (strings.HasSuffix(a.app.Interpreter, "node") || strings.HasSuffix(a.app.Interpreter, "bun"))
 	mode := strings.TrimSuffix(a.str("exec_mode"), "_mode")
 	if a.boolean("execute_command", false) {
 		mode = "fork"
@@ -895,7 +896,7 @@ func (a *pm2App) mode() {
 	case "fork", "cluster":
 	case "":
 		mode = "fork"
-		if given && clusters {
+		if given && (clusters || others && a.app.Instances > 1) {
 			mode = "cluster"
 		}
 	default:
@@ -903,7 +904,12 @@ func (a *pm2App) mode() {
 		mode = "fork"
 	}
 	if mode == "cluster" && !clusters && a.app.Interpreter != "" {
-		a.warnKey("exec_mode", "cluster is for Node programs; this one runs in fork mode")
+		const instead = "this one runs in fork mode, in which instances share a port by sockets: of a remuda.yaml, or where each opens it with SO_REUSEPORT"
+		if a.has("exec_mode") {
+			a.warnKey("exec_mode", "cluster is for Node programs; %s", instead)
+		} else {
+			a.warnKey("instances", "mean cluster mode to PM2, which is for Node programs; %s", instead)
+		}
 		mode = "fork"
 	}
 	a.app.ExecMode = mode

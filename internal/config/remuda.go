@@ -35,6 +35,8 @@ type remudaApp struct {
 	InstanceVar  string            `json:"instance_var,omitempty" jsonschema_description:"Variable that holds the instance's number. Default: NODE_APP_INSTANCE."`
 	IncrementVar string            `json:"increment_var,omitempty" jsonschema_description:"Variable of env whose number grows by one from instance to instance."`
 	ExecMode     string            `json:"exec_mode,omitempty" jsonschema:"enum=fork,enum=cluster" jsonschema_description:"cluster: Node's cluster, instances share their listening ports. Default: fork."`
+	Sticky       bool              `json:"sticky,omitempty" jsonschema_description:"In cluster mode: the connections of one client address go to one instance. Default: false."`
+	Sockets      remudaSockets     `json:"sockets,omitempty" jsonschema_description:"Sockets that are opened for the app and handed to each of its processes, as systemd does (LISTEN_FDS)."`
 	User         id                `json:"user,omitempty" jsonschema_description:"Run as this user (name or uid); the daemon must be root."`
 	Group        id                `json:"group,omitempty" jsonschema_description:"Run with this group (name or gid). Default: the user's."`
 	Umask        octal             `json:"umask,omitempty" jsonschema_description:"File mode mask, octal."`
@@ -394,6 +396,7 @@ func (l *remudaLoader) app(entry field, rf *remudaFile, shared map[string]string
 		InstanceVar:  orElse(r.InstanceVar, defaultInstanceVar),
 		IncrementVar: r.IncrementVar,
 		ExecMode:     orElse(r.ExecMode, "fork"),
+		Sticky:       r.Sticky,
 		User:         string(r.User),
 		Group:        string(r.Group),
 		Umask:        string(r.Umask),
@@ -422,6 +425,7 @@ func (l *remudaLoader) app(entry field, rf *remudaFile, shared map[string]string
 	}
 	a.Env = l.env(&r, rf, vars)
 	l.watch(&a, r.Watch)
+	l.sockets(&a, r.Sockets)
 	if argv, ok := r.Run.argv(&l.decoder, r.Shell, what+": run"); ok {
 		l.command(&a, argv, r.Shell, orNode(r.Run.n, entry.val))
 	}

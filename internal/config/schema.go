@@ -101,12 +101,14 @@ func schemaOf(t reflect.Type) *jsonschema.Schema {
 		return one(&jsonschema.Schema{Type: "string", Examples: []any{"500ms", "1.5s", "2m"}}, &jsonschema.Schema{Type: "number", Minimum: "0", Description: "Milliseconds."})
 	case reflect.TypeFor[byteSize]():
 		return one(&jsonschema.Schema{Type: "string", Examples: []any{"300M", "1.5GB"}}, &jsonschema.Schema{Type: "number", Minimum: "0", Description: "Bytes."})
-	case reflect.TypeFor[instances](), reflect.TypeFor[id](), reflect.TypeFor[octal](), reflect.TypeFor[tcpTarget]():
+	case reflect.TypeFor[instances](), reflect.TypeFor[id](), reflect.TypeFor[octal](), reflect.TypeFor[listenText](), reflect.TypeFor[tcpTarget]():
 		return one(str, &jsonschema.Schema{Type: "integer"})
 	case reflect.TypeFor[words](), reflect.TypeFor[stringList]():
 		return one(str, list)
 	case reflect.TypeFor[timeFormat]():
 		return one(str, &jsonschema.Schema{Type: "boolean"})
+	case reflect.TypeFor[remudaSockets]():
+		return socketsSchema()
 	case reflect.TypeFor[exitCodes]():
 		code := &jsonschema.Schema{Type: "integer", Minimum: "0", Maximum: "255"}
 		return one(code, &jsonschema.Schema{Type: "array", Items: code})

@@ -148,6 +148,7 @@ func (v *validator) run(a *App) {
 	v.path("cwd", a.Cwd)
 	v.check(a.Instances >= 0 && a.Instances <= maxInstances, "instances", "instances: %d is not from 1 to %d", a.Instances, maxInstances)
 	v.oneOf("exec_mode", a.ExecMode, "fork", "cluster")
+	v.sockets(a)
 	for path, s := range map[string]string{"user": a.User, "group": a.Group} {
 		v.check(s == "" || validAccount(s), path, "%s: %s is no name or number of a %s", path, clip(s), path)
 	}

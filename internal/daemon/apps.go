@@ -749,6 +749,9 @@ func (d *Daemon) forget(ctx context.Context, list []*instance) error {
 	for _, name := range gone {
 		d.clusters.rest(name)
 	}
+	for _, i := range list {
+		d.sockets.tidy(i.app)
+	}
 	d.dropGroups()
 	d.saveOrWarn()
 	go release(ended)

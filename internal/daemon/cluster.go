@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"hash/fnv"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -13,6 +12,7 @@ import (
 
 	"github.com/remuda-dev/remuda/internal/cluster"
 	"github.com/remuda-dev/remuda/internal/config"
+	"github.com/remuda-dev/remuda/internal/sockets"
 	"github.com/remuda-dev/remuda/proc"
 	"github.com/remuda-dev/remuda/supervise"
 )
@@ -33,16 +33,7 @@ const (
 )
 
 // clustered says whether the instances of an app share their sockets.
-func clustered(spec config.App) bool {
-	if spec.ExecMode != "cluster" {
-		return false
-	}
-	switch filepath.Base(spec.Interpreter) {
-	case "node", "nodejs":
-		return true
-	}
-	return false
-}
+func clustered(spec config.App) bool { return spec.Clustered() }
 
 // clusters are the primaries of the apps in cluster mode. Safe for use by
 // several goroutines.
@@ -108,7 +99,7 @@ func (c *clusters) of(spec config.App, cred *proc.Credential) (*cluster.Primary,
 		return nil, err
 	}
 	if cred != nil {
-		o.Owner = &cluster.Owner{UID: int(cred.UID), GID: int(cred.GID)}
+		o.Owner = &sockets.Owner{UID: int(cred.UID), GID: int(cred.GID)}
 	} else if o.Preload, err = cluster.WritePreload(c.d.home); err != nil { // another user could not read it
 		c.d.log.Warn("cluster", "app", spec.Name, "error", err)
 	}

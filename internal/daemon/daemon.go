@@ -70,6 +70,7 @@ type Daemon struct {
 	versions *packageVersions
 	timers   *timers
 	clusters *clusters
+	sockets  *activation
 	quiet    *time.Timer     // gives memory back when nothing has happened for a while
 	gone     <-chan struct{} // closed when the keeper is gone
 
@@ -196,6 +197,7 @@ func newDaemon(o Options, k *keeper.Client, inv *keeper.Inventory) (*Daemon, err
 	d.store = newStore(filepath.Join(o.Home, "state.json"), d.snapshot, d.over)
 	d.timers = newTimers(d)
 	d.clusters = &clusters{d: d}
+	d.sockets = &activation{d: d}
 	d.sups[""] = supervise.New(supervise.Options{OnChange: d.changed})
 	d.restore(st, inv)
 	d.logs.Settle()
@@ -267,6 +269,7 @@ func (d *Daemon) leave(srv *http.Server) error {
 	d.timers.stop()
 	d.detach(ctx)
 	d.clusters.end(true)
+	d.sockets.end(true)
 	_ = d.logs.Close(ctx)
 	return nil
 }
@@ -375,6 +378,7 @@ func (d *Daemon) endAll(ctx context.Context, forget bool) {
 		}
 	}
 	d.clusters.end(false)
+	d.sockets.end(false)
 	if err := d.keeper.Shutdown(ctx, true); err != nil {
 		d.log.Warn("ending the keeper", "error", err)
 	}
@@ -397,6 +401,7 @@ func (d *Daemon) restore(st state, inv *keeper.Inventory) {
 		relays[s.Name] = s.File
 	}
 	d.clusters.inherit(relays)
+	d.sockets.inherit(relays)
 	d.addGroups(st.Groups)
 	type pair struct {
 		i *instance
@@ -438,6 +443,7 @@ func (d *Daemon) restore(st state, inv *keeper.Inventory) {
 		}
 	}
 	d.clusters.settle(d.apps)
+	d.sockets.settle(d.apps)
 	for name, f := range relays { // of runs that are gone
 		f.Close()
 		_ = d.keeper.Drop(context.Background(), name)

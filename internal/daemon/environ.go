@@ -60,6 +60,7 @@ func (i *instance) environment(spec config.App, cred *proc.Credential) []string 
 	delete(env, "NODE_UNIQUE_ID")
 	delete(env, "LISTEN_FDS")
 	delete(env, "LISTEN_PID")
+	delete(env, "LISTEN_FDNAMES")
 	delete(env, "NOTIFY_SOCKET")
 	if spec.Ready.Type == "notify" {
 		env["NOTIFY_SOCKET"] = i.d.notifyPath

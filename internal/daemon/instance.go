@@ -192,6 +192,7 @@ func (i *instance) changed(st supervise.Status) {
 		return // by now it runs again, and that run's end is not this one's
 	}
 	go i.d.clusters.rest(i.app)
+	go i.d.sockets.tidy(i.app)
 	// It ended for good: that goes on record, then the keeper may forget it.
 	i.mu.Lock()
 	if i.asked { // record would leave it out; begin comes back to it

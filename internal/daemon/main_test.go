@@ -22,6 +22,7 @@ import (
 // The test binary is also the daemon of the tests: keeper and controller, as
 // the real program is.
 func TestMain(m *testing.M) {
+	Stage(os.Args)
 	if len(os.Args) == 4 && os.Args[2] == "--home" {
 		if err := daemonMain(os.Args[1], os.Args[3]); err != nil {
 			fmt.Fprintln(os.Stderr, os.Args[1]+":", err)

@@ -183,6 +183,11 @@ func (i *instance) spawn(ctx context.Context, spec config.App, gen int, a superv
 	}
 	ps.Files = []*os.File{nil, outW, errW}
 	ps.Keep = map[string]*os.File{keptOut: outR, keptErr: errR}
+	listen, err := i.sockets(spec, &ps)
+	if err != nil {
+		return nil, err
+	}
+	theirs = append(theirs, listen...)
 	var channel *os.File
 	if wantsIPC(spec) {
 		parent, child, err := nodeipc.Pair()
@@ -206,6 +211,11 @@ func (i *instance) spawn(ctx context.Context, spec config.App, gen int, a superv
 		i.d.clusters.fork(i.app)
 	}
 	ps.Env = env
+	if self, err := announce(spec, &ps); err != nil {
+		return nil, err
+	} else if self != nil {
+		theirs = append(theirs, self)
+	}
 	if ps.Label, err = i.label(a, gen, inCluster); err != nil {
 		return nil, err
 	}
@@ -320,6 +330,7 @@ func (r *run) follow() {
 	r.clear()
 	r.finish()
 	close(r.done)
+	r.inst.d.sockets.tidy(r.inst.app)
 }
 
 // probe waits until the program is ready, and has the run counted as failed
@@ -479,6 +490,7 @@ func (r *run) Stop(cause string) {
 	}
 	r.mu.Unlock()
 	go func() {
+		r.inst.d.sockets.leave(r.inst, r.spec, cause)
 		if r.spec.Stop.Message && r.ipc != nil && r.ipc.Send("shutdown") == nil {
 			return
 		}
@@ -525,11 +537,7 @@ func wantsIPC(spec config.App) bool {
 	if spec.Ready.Type == "ipc" || spec.Stop.Message {
 		return true
 	}
-	switch filepath.Base(spec.Interpreter) {
-	case "node", "nodejs":
-		return true
-	}
-	return false
+	return config.IsNode(spec.Interpreter)
 }
 
 // targets says where the output of a run goes.
