@@ -102,7 +102,7 @@ type BreakerOptions struct {
 	// IsFailure says whether a task that ended with this error, which is not
 	// nil, failed in the breaker's sense. nil: [ErrWorkerDied], [ErrTimeout]
 	// (also by the deadline of the caller's context) and [ErrNoWorkers] are
-	// failures. It is called concurrently.
+	// failures, [ErrPoison] is none. It is called concurrently.
 	IsFailure func(error) bool
 	// Fallback takes the place of a task that the breaker refused (err is a
 	// *[BreakerError]) or that failed in the breaker's sense: what it returns is
@@ -194,6 +194,9 @@ func newBreaker(o BreakerOptions) (*breaker, error) {
 }
 
 func isFailure(err error) bool {
+	if errors.Is(err, ErrPoison) { // the task's fault, and it is out of the way
+		return false
+	}
 	return errors.Is(err, ErrWorkerDied) || errors.Is(err, ErrTimeout) || errors.Is(err, ErrNoWorkers)
 }
 

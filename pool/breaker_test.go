@@ -223,6 +223,8 @@ func TestBreakerSorts(t *testing.T) {
 		{gaveUp(context.Canceled), nothing, nothing},
 		{ErrClosed, nothing, nothing},
 		{ErrQueueFull, nothing, bad},
+		{ErrDropped, nothing, bad},
+		{&PoisonError{Last: &WorkerError{Kind: ErrWorkerDied}}, nothing, bad},
 	} {
 		b, err := newBreaker(BreakerOptions{})
 		if err != nil {
