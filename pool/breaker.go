@@ -109,8 +109,9 @@ type BreakerOptions struct {
 	// what Do returns. It runs in the goroutine of Do's caller, and its results
 	// are not cached. nil: Do returns the error.
 	Fallback func(ctx context.Context, t Task, err error) (Result, error)
-	// OnChange is told each change of state, one at a time and in order, in the
-	// goroutine of a task's caller, which it holds up. It may use the pool.
+	// OnChange is told each change of state, one at a time and in order, before
+	// the task that brought it about returns. It may use the pool, but not
+	// Close it.
 	OnChange func(BreakerChange)
 }
 

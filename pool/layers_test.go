@@ -42,8 +42,8 @@ func TestBreakerAndCacheAroundPool(t *testing.T) {
 	if err != nil || kept.Cached {
 		t.Fatalf("%+v, %v", kept, err)
 	}
-	for range 3 {
-		if _, err := p.Do(ctx, Task{Name: "kill"}); !errors.Is(err, ErrWorkerDied) {
+	for i := range 3 { // not one task, which would be poison
+		if _, err := p.Do(ctx, Task{Name: "kill", Body: []byte{byte(i)}}); !errors.Is(err, ErrWorkerDied) {
 			t.Errorf("kill: %v", err)
 		}
 	}

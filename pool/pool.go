@@ -351,11 +351,12 @@ func (p *Pool) broken() error {
 func (p *Pool) assign(w *worker, c *call) {
 	p.unlist(w)
 	now := time.Now()
-	p.use.advance(now)
-	if w.load == 0 {
-		p.use.busy++
+	if w.load++; w.load == 1 {
+		p.use.change(now, 1, 0)
+		p.count(w, now)
+	} else {
+		p.use.advance(now)
 	}
-	w.load++
 	w.sent++
 	if p.o.MaxTasks > 0 && w.sent >= p.o.MaxTasks {
 		p.retire(w)
@@ -545,7 +546,22 @@ func (p *Pool) settle(c *call, body []byte, err error) (next *call) {
 // unload: w has one task less.
 func (p *Pool) unload(w *worker) {
 	if w.load--; w.load == 0 {
-		p.use.busy--
+		at := p.use.at // the caller has brought it up to now
+		p.use.change(at, -1, 0)
+		p.count(w, at)
+	}
+}
+
+// count books whether w is there for tasks: it takes some, or still has some.
+func (p *Pool) count(w *worker, now time.Time) {
+	switch there := w.serving || w.load > 0; {
+	case there == w.counted:
+	case there:
+		p.use.change(now, 0, 1)
+		w.counted = true
+	default:
+		p.use.change(now, 0, -1)
+		w.counted = false
 	}
 }
 

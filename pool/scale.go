@@ -209,7 +209,7 @@ func (p *Pool) serve(w *worker) {
 	p.shape.serving++
 	now := time.Now()
 	w.idleSince = now
-	p.use.change(now, 0, 1)
+	p.count(w, now)
 	if p.o.Balance == ConsistentHash {
 		p.ring.add(w)
 	}
@@ -232,7 +232,7 @@ func (p *Pool) withdraw(w *worker) {
 	p.unlist(w)
 	w.serving = false
 	p.shape.serving--
-	p.use.change(time.Now(), 0, -1)
+	p.count(w, time.Now())
 	if p.o.Balance != ConsistentHash {
 		return
 	}

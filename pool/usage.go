@@ -10,7 +10,7 @@ const turnTime = 10 * time.Second
 // busy for a second make two seconds. What it says of now is true, nothing ticks.
 type usage struct {
 	at       time.Time // of the last change
-	busy, up int       // workers that have a task; that take tasks
+	busy, up int       // workers that have a task; that take or have some
 	// Of the pool: workers that shall take tasks, requests on workers, tasks that
 	// wait. Read where the time up to a change is added, so before the change.
 	want, taken, waiting *int
@@ -27,7 +27,7 @@ type usage struct {
 type sums struct {
 	elapsed  time.Duration
 	want     time.Duration // workers that shall take tasks
-	up       time.Duration // workers that do
+	up       time.Duration // workers that do, or still have some
 	busy     time.Duration // workers that have a task
 	taken    time.Duration // tasks on workers
 	waited   time.Duration // while any task waits

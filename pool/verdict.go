@@ -58,8 +58,8 @@ type Recent struct {
 	// that tasks had.
 	Utilization float64 `json:"utilization"`
 	// Missing is the share of the time of all workers that there shall be in
-	// which they did not take tasks: they started, ended or waited for their next
-	// start.
+	// which they neither had nor took tasks: they started, ended or waited for
+	// their next start.
 	Missing float64 `json:"missing"`
 	// Waiting is the share of the time in which at least one task waited.
 	Waiting float64 `json:"waiting"`

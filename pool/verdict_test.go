@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -140,6 +141,40 @@ func TestVerdictOfRealPools(t *testing.T) {
 		}
 		if v := p.Stats().Verdict; v.Bottleneck != StartBound || !strings.Contains(v.Reason, "exit code 1") {
 			t.Errorf("%+v", v)
+		}
+	})
+}
+
+// A worker with its last task is at work, not missing; and what lies long back
+// counts no more.
+func TestVerdictOfRecycling(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p, _ := fakePool(t, Options{Size: 2, MaxTasks: 1, Grace: time.Millisecond}, false)
+		var wg sync.WaitGroup
+		for range 6 {
+			wg.Go(func() {
+				for range 30 {
+					if _, err := p.Do(context.Background(), Task{Body: []byte("ok")}); err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+		time.Sleep(time.Minute)
+		s := p.Stats()
+		if s.Verdict.Bottleneck != WorkersSaturated || s.Recent.Missing > 0.1 || s.Utilization < 0.9 || s.Recent.Span < turnTime || s.Recent.Span > 2*turnTime {
+			t.Errorf("%+v", s)
+		}
+		wg.Wait()
+		time.Sleep(time.Hour)
+		s = p.Stats()
+		if s.Verdict.Bottleneck != Idle || s.Recent.Run.Count != 0 || s.Run.Count != 180 || s.Utilization > 0.1 || p.use.busy != 0 || p.use.up != 2 {
+			t.Errorf("an hour later: %+v", s)
+		}
+		_ = p.Close(context.Background())
+		synctest.Wait()
+		if p.use.up != 0 || p.use.busy != 0 {
+			t.Errorf("after Close %d workers are there, %d busy", p.use.up, p.use.busy)
 		}
 	})
 }

@@ -41,6 +41,7 @@ type worker struct {
 	at         int     // in ready.all
 	spare      bool    // among the spares
 	serving    bool    // takes tasks
+	counted    bool    // in usage.up
 	idleSince  time.Time
 	own        queue // what waits for it by its key
 	pins       queue // what it alone may do
