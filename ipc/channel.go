@@ -180,6 +180,24 @@ func (c *Channel) Receive() (f Frame, owned, more bool, err error) {
 	return f, owned, c.r.whole(), nil
 }
 
+// poll reads once, without waiting, and returns errNothing unless a whole frame
+// is here then. One that does not fit into the buffer never is.
+func (c *Channel) poll() error {
+	if c.r.whole() {
+		return nil
+	}
+	if c.r.start == 0 && c.r.end == len(c.r.buf) && c.r.end > 0 {
+		return errNothing
+	}
+	c.in.nowait = true
+	err := c.r.fill()
+	c.in.nowait = false
+	if err == nil && !c.r.whole() {
+		err = errNothing
+	}
+	return err
+}
+
 // Hold keeps frames from being written until Release, so that what is sent in
 // between goes out together.
 func (c *Channel) Hold() { c.w.hold() }

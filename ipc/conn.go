@@ -65,6 +65,7 @@ type Request struct {
 	// caller's. Frames take MaxFiles, Node takes one.
 	Files []*os.File
 	To    Receiver
+	Wait  bool // the caller will call Await, where the Conn has it
 
 	// Of the answer, set before End:
 	Got  []*os.File    // what came along; the Receiver's own
@@ -114,6 +115,7 @@ type frames struct {
 	ready   bool
 	err     error // set once the channel has ended
 	pings   uint32
+	lead    lead
 }
 
 // NewFrames speaks the frames protocol over f, the parent's end of a Pair,
@@ -128,14 +130,18 @@ func NewFrames(f *os.File, o Options) (Conn, error) {
 	if err := ch.w.queue(hello, nil); err != nil {
 		return nil, err
 	}
-	return &frames{ch: ch, pending: make(map[uint32]*Request)}, nil
+	c := &frames{ch: ch, pending: make(map[uint32]*Request)}
+	c.lead.init(&c.mu)
+	return c, nil
 }
 
 func (c *frames) Serve(ready func()) error {
 	c.ch.w.flush(false)
 	var err error
 	for err == nil {
-		err = c.turn(ready)
+		if err = c.turn(ready); err == nil {
+			err = c.lead.lend(c.underWay)
+		}
 	}
 	switch {
 	case errors.Is(err, io.EOF) || errors.Is(err, os.ErrClosed):
@@ -156,6 +162,19 @@ func (c *frames) Serve(ready func()) error {
 		r.To.End(r, nil, c.err)
 	}
 	return err
+}
+
+func (c *frames) underWay() int { return len(c.pending) }
+
+// Await implements Awaiter.
+func (c *frames) Await(r *Request) { c.lead.await(r, c.underWay, c.poll) }
+
+// poll is turn for one that cannot wait.
+func (c *frames) poll() error {
+	if err := c.ch.poll(); err != nil {
+		return err
+	}
+	return c.turn(nil) // HELLO has come, else nothing could have been lent
 }
 
 // turn handles what has arrived.
@@ -214,6 +233,7 @@ func (c *frames) handle(f Frame, owned bool, ready func()) error {
 			return fmt.Errorf("%w: %s for %d, which is no task under way", ErrProtocol, f.Type, f.ID)
 		}
 		r.Got, r.Took = f.Files, f.Took
+		c.lead.ended(r)
 		if f.Type == TypeResult {
 			r.To.End(r, keep(), nil)
 			return nil
@@ -292,6 +312,7 @@ func (c *frames) Start(r *Request) error {
 	}
 	r.id, r.sent = c.last, true
 	c.pending[r.id] = r
+	c.lead.started(r)
 	busy := len(c.pending) >= busyFrom
 	c.mu.Unlock()
 	c.ch.w.flush(busy)

@@ -25,6 +25,8 @@ type inbox struct {
 	got  []int
 	err  error
 	step func(uintptr) bool
+	// nowait makes Read return errNothing where it would wait.
+	nowait bool
 
 	left atomic.Int32 // len(fds)
 
@@ -41,7 +43,7 @@ func newInbox(f *os.File) (*inbox, error) {
 	in := &inbox{rc: rc, in: fdpass.NewReceiver(MaxFiles)}
 	in.step = func(fd uintptr) bool {
 		in.n, in.got, in.err = in.in.Receive(fd, in.buf)
-		return !errors.Is(in.err, syscall.EAGAIN)
+		return in.nowait || in.err != syscall.EAGAIN //nolint:errorlint // it is not wrapped, and here time counts
 	}
 	return in, nil
 }
@@ -52,6 +54,9 @@ func (in *inbox) Read(b []byte) (int, error) {
 	in.buf = b
 	err := in.rc.Read(in.step)
 	in.buf = nil
+	if in.nowait && err == nil && in.err == syscall.EAGAIN { //nolint:errorlint // as above
+		return 0, errNothing
+	}
 	in.heard.Add(1)
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):

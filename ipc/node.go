@@ -71,6 +71,11 @@ type NodeConn struct {
 	handle   *outbound // sent, not acknowledged yet
 	behind   []outbound
 	behindBy int // bytes in behind
+	lead     lead
+
+	// Of the one that reads.
+	buf  []byte
+	part []byte // of a line
 }
 
 // outbound is a message on its way to the program.
@@ -121,6 +126,7 @@ func NewNode(f *os.File, o Options) (*NodeConn, error) {
 	if c.rate.limit == 0 {
 		c.rate.limit = DefaultMaxUnsolicited
 	}
+	c.lead.init(&c.mu)
 	return c, nil
 }
 
@@ -157,27 +163,17 @@ func (c *NodeConn) Serve(ready func()) error {
 	if ready != nil {
 		ready()
 	}
-	var (
-		pending []byte
-		buf     = make([]byte, readSize)
-		err     error
-	)
+	c.buf = make([]byte, readSize)
+	var err error
 	for err == nil {
-		var n int
-		if n, err = c.in.Read(buf); n == 0 {
-			continue
+		if err = c.turn(); err == nil {
+			err = c.lead.lend(c.underWay)
 		}
-		c.w.hold()
-		var bad error
-		if pending, bad = c.take(pending, buf[:n]); bad != nil {
-			err = bad
-		}
-		c.w.release()
 	}
 	switch {
 	case errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET):
 		err = nil
-		if len(pending) > 0 {
+		if len(c.part) > 0 {
 			err = io.ErrUnexpectedEOF
 		}
 	case errors.Is(err, os.ErrClosed):
@@ -196,6 +192,30 @@ func (c *NodeConn) Serve(ready func()) error {
 		r.To.End(r, nil, c.err)
 	}
 	return err
+}
+
+func (c *NodeConn) underWay() int { return len(c.pending) }
+
+// turn reads once and handles what has come.
+func (c *NodeConn) turn() error {
+	n, err := c.in.Read(c.buf)
+	if err != nil {
+		return err
+	}
+	c.w.hold()
+	defer c.w.release()
+	c.part, err = c.take(c.part, c.buf[:n])
+	return err
+}
+
+// Await implements Awaiter.
+func (c *NodeConn) Await(r *Request) { c.lead.await(r, c.underWay, c.poll) }
+
+// poll is turn for one that cannot wait.
+func (c *NodeConn) poll() error {
+	c.in.nowait = true
+	defer func() { c.in.nowait = false }()
+	return c.turn()
 }
 
 // take handles what was read; pending is what was left of the read before.
@@ -307,6 +327,7 @@ func (c *NodeConn) message(b []byte, f *os.File, owned bool) error {
 	if r == nil {
 		return c.unsolicited(b, f, owned)
 	}
+	c.lead.ended(r)
 	if f != nil {
 		r.Got = append(r.Got, f)
 	}
@@ -439,6 +460,7 @@ func (c *NodeConn) send(m outbound, body []byte, f *os.File, raw bool) error {
 	if m.r != nil {
 		m.r.sent = true // or about to be; it is not kept back any more
 		c.pending = append(c.pending, m.r)
+		c.lead.started(m.r)
 	}
 	busy := len(c.pending) >= busyFrom
 	c.mu.Unlock()
@@ -507,6 +529,7 @@ func (c *NodeConn) acknowledged(arrived bool) error {
 	err := c.goOn()
 	c.mu.Unlock()
 	if lost {
+		c.lead.ended(m.r)
 		m.r.To.End(m.r, nil, ErrHandleLost)
 	}
 	return err

@@ -7,6 +7,7 @@ import (
 	"hash/maphash"
 	"math/rand/v2"
 	"os"
+	"runtime"
 	"strconv"
 	"sync"
 	"time"
@@ -76,6 +77,7 @@ type Result struct {
 type Pool struct {
 	o      Options
 	launch launchFunc
+	lead   bool // callers may read their answers themselves
 	sup    *supervise.Supervisor
 	own    *proc.Direct // where the caller gave no Spawner
 
@@ -143,7 +145,8 @@ func New(o Options) (*Pool, error) {
 func start(o Options, launch launchFunc) (*Pool, error) {
 	p := &Pool{
 		o: o, launch: launch, drained: make(chan struct{}),
-		sup: supervise.New(supervise.Options{Starts: 8}),
+		lead: runtime.GOMAXPROCS(0) > 1,
+		sup:  supervise.New(supervise.Options{Starts: 8}),
 	}
 	if err := p.addLayers(); err != nil {
 		return nil, err
@@ -244,8 +247,13 @@ func (p *Pool) do(ctx context.Context, t *Task) (Result, error) {
 	p.stats.Accepted++
 	if w != nil {
 		p.assign(w, c)
+		// With more under way the workers need the processors.
+		alone := p.lead && w.reads != nil && p.running == 1
+		c.req.Wait = alone
 		p.mu.Unlock()
-		p.send(w, c)
+		if p.send(w, c) && alone {
+			w.reads.Await(&c.req)
+		}
 	} else {
 		// Those that wait for room wait here too: their callers hold still
 		// either way, and the most urgent goes first.
@@ -399,15 +407,17 @@ func (p *Pool) unlist(w *worker) {
 	}
 }
 
-// send starts c on w, and whatever else w gets where that fails.
-func (p *Pool) send(w *worker, c *call) {
-	for c != nil {
+// send starts c on w, and whatever else w gets where that fails. It reports
+// whether it has started c.
+func (p *Pool) send(w *worker, c *call) bool {
+	for first := c; c != nil; {
 		err := w.conn.Start(&c.req)
 		if err == nil {
-			return
+			return c == first
 		}
 		c = p.settle(c, nil, err)
 	}
+	return false
 }
 
 // fill gives w what waits.
@@ -592,6 +602,7 @@ func (p *Pool) again(c *call) bool {
 	}
 	stopTimer(c)
 	c.req.Reset()
+	c.req.Wait = false
 	c.w, c.lost = nil, false
 	p.stats.Retried++
 	return true

@@ -31,6 +31,7 @@ type worker struct {
 	began time.Time // its start
 	pid   int
 	conn  ipc.Conn
+	reads ipc.Awaiter // conn, where it is one
 	proc  proc.Process
 
 	proven chan struct{} // closed when it has answered something, or need not
@@ -77,6 +78,7 @@ func (p *Pool) startWorker(ctx context.Context, s *slot) (supervise.Run, error) 
 		return nil, err
 	}
 	w := &worker{p: p, slot: s, began: began, pid: pr.ID().PID, conn: conn, proc: pr, proven: make(chan struct{}), done: make(chan struct{})}
+	w.reads, _ = conn.(ipc.Awaiter)
 	p.mu.Lock()
 	s.w = w
 	p.mu.Unlock()

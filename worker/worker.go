@@ -150,7 +150,8 @@ func ServeFile(ctx context.Context, f *os.File, h Handlers) error {
 		f.Close()
 		return fmt.Errorf("worker: %w", err)
 	}
-	s := &server{ch: ch, handlers: h, base: context.WithoutCancel(ctx), tasks: make(map[uint32]context.CancelFunc)}
+	s := &server{ch: ch, handlers: h, base: context.WithoutCancel(ctx), tasks: make(map[uint32]context.CancelFunc), over: make(chan error, 1)}
+	s.turn.init(s)
 	defer context.AfterFunc(ctx, func() { _ = ch.Interrupt() })() // closed: over anyway
 	err = s.serve()
 	s.cancelAll(err == nil)
@@ -181,6 +182,13 @@ type server struct {
 	mu    sync.Mutex
 	tasks map[uint32]context.CancelFunc
 	gone  bool // the parent is
+
+	turn turn
+	over chan error // how the reading ended
+
+	// Of the one that reads.
+	greeted, stopping bool
+	held              bool // answers wait for those to what else has come
 }
 
 // serve reads until the end, which is nil where it was asked for.
@@ -189,9 +197,31 @@ func (s *server) serve() error {
 	if err := s.ch.SendHello(hello); err != nil {
 		return nil //nolint:nilerr // the parent is gone
 	}
-	greeted, stopping := false, false
+	go s.read()
+	return <-s.over
+}
+
+// read reads until the end, or until another goroutine has taken over.
+func (s *server) read() {
+	err := s.readAll()
+	if !errors.Is(err, errTakenOver) {
+		s.release()
+		s.over <- err
+	}
+}
+
+func (s *server) readAll() error {
+	more := false
 	for {
-		f, owned, _, err := s.ch.Receive()
+		if !more {
+			s.release()
+		}
+		var (
+			f     ipc.Frame
+			owned bool
+			err   error
+		)
+		f, owned, more, err = s.ch.Receive()
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			return nil
@@ -203,10 +233,10 @@ func (s *server) serve() error {
 		case err != nil:
 			return err
 		}
-		if !greeted && f.Type != ipc.TypeHello {
+		if !s.greeted && f.Type != ipc.TypeHello {
 			return fmt.Errorf("%w: the parent's first frame is %s, not HELLO", ipc.ErrProtocol, f.Type)
 		}
-		if f.Files != nil && (f.Type != ipc.TypeTask || stopping) {
+		if f.Files != nil && (f.Type != ipc.TypeTask || s.stopping) {
 			closeAll(f.Files)
 		}
 		switch f.Type {
@@ -215,7 +245,7 @@ func (s *server) serve() error {
 			if err != nil {
 				return err
 			}
-			greeted = true
+			s.greeted = true
 			s.ch.SetPeer(h)
 		case ipc.TypeTask:
 			name, timeout, body, err := ipc.ParseTask(f.Payload)
@@ -226,11 +256,13 @@ func (s *server) serve() error {
 			if !owned {
 				body = append([]byte(nil), body...)
 			}
-			if stopping {
+			if s.stopping {
 				_ = s.ch.SendError(f.ID, &Error{Code: ipc.CodeCancelled, Message: "the worker is stopping"}, ipc.Answer{})
 				continue
 			}
-			s.begin(&Task{Name: name, Body: body, Files: f.Files, id: f.ID, srv: s}, timeout)
+			if err := s.begin(&Task{Name: name, Body: body, Files: f.Files, id: f.ID, srv: s}, timeout, more); err != nil {
+				return err
+			}
 		case ipc.TypeCancel:
 			s.mu.Lock()
 			cancel := s.tasks[f.ID]
@@ -244,8 +276,8 @@ func (s *server) serve() error {
 			}
 		case ipc.TypePong:
 		case ipc.TypeStop:
-			if !stopping {
-				stopping = true
+			if !s.stopping {
+				s.stopping = true
 				go func() {
 					s.running.Wait()
 					s.ch.Flush(flushTimeout)
@@ -260,7 +292,10 @@ func (s *server) serve() error {
 	}
 }
 
-func (s *server) begin(t *Task, timeout time.Duration) {
+// begin has a task done, in a goroutine of its own or, where that is quicker, in
+// this one. The error is errTakenOver, where another goroutine reads now. more
+// says that something has come behind the task.
+func (s *server) begin(t *Task, timeout time.Duration, more bool) error {
 	var (
 		ctx    context.Context
 		cancel context.CancelFunc
@@ -273,9 +308,26 @@ func (s *server) begin(t *Task, timeout time.Duration) {
 	s.mu.Lock()
 	s.tasks[t.id] = cancel
 	s.mu.Unlock()
-	s.count.Add(1)
+	alone := s.count.Add(1) == 1 && !more
 	s.running.Add(1)
-	go s.run(ctx, cancel, t)
+	if !s.turn.quick(alone) {
+		s.release()
+		go s.run(ctx, cancel, t)
+		return nil
+	}
+	if more && !s.held {
+		s.held = true
+		s.ch.Hold()
+	}
+	return s.turn.run(func() { s.run(ctx, cancel, t) })
+}
+
+// release sends the answers that were held.
+func (s *server) release() {
+	if s.held {
+		s.held = false
+		s.ch.Release()
+	}
 }
 
 func (s *server) run(ctx context.Context, cancel context.CancelFunc, t *Task) {
@@ -309,6 +361,7 @@ func (s *server) answer(ctx context.Context, t *Task, body []byte, err error) {
 	delete(s.tasks, t.id)
 	s.mu.Unlock()
 	a := ipc.Answer{Took: max(time.Since(t.began), time.Microsecond), Soon: s.count.Add(-1) >= busyFrom}
+	s.turn.took(a.Took)
 	if err == nil {
 		with := a
 		with.Files = t.reply

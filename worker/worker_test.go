@@ -126,6 +126,77 @@ func TestServe(t *testing.T) {
 	}
 }
 
+// Quick handlers are run by the goroutine that reads; one among them that is
+// not quick, or does not return, keeps nothing from being read.
+func TestQuickAndSlow(t *testing.T) {
+	h := handlers()
+	h["echo"] = func(_ context.Context, t *worker.Task) ([]byte, error) { return t.Body, nil }
+	ch, done := serve(t, context.Background(), h)
+	if err := ch.SendHello(ipc.Hello{}); err != nil {
+		t.Fatal(err)
+	}
+	id := uint32(0)
+	quick := func() {
+		t.Helper()
+		for range 200 {
+			id++
+			task(t, ch, id, "echo", "x")
+			if got, want := next(t, ch), fmt.Sprintf("RESULT %d x", id); got != want {
+				t.Fatalf("%s, want %s", got, want)
+			}
+		}
+	}
+	for range 5 {
+		quick()
+		id++
+		slow := id
+		task(t, ch, slow, "wait", "")
+		if err := ch.Send(ipc.TypePing, 9, nil); err != nil {
+			t.Fatal(err)
+		}
+		if got := next(t, ch); got != "PONG 9 " {
+			t.Fatalf("ping: %s", got)
+		}
+		quick() // beside it
+		if err := ch.Send(ipc.TypeCancel, slow, nil); err != nil {
+			t.Fatal(err)
+		}
+		if got := next(t, ch); !strings.Contains(got, fmt.Sprintf(`ERROR %d {"code":"cancelled"`, slow)) {
+			t.Fatalf("cancel: %s", got)
+		}
+		quick()
+		id++
+		task(t, ch, id, "goexit", "")
+		if got := next(t, ch); !strings.Contains(got, `"code":"panic"`) {
+			t.Fatalf("goexit: %s", got)
+		}
+	}
+	// Many at a time, in one write.
+	ch.Hold()
+	for range 500 {
+		id++
+		task(t, ch, id, "echo", "y")
+	}
+	ch.Release()
+	seen := map[string]bool{}
+	for range 500 {
+		seen[next(t, ch)] = true
+	}
+	for i := id - 499; i <= id; i++ {
+		if !seen[fmt.Sprintf("RESULT %d y", i)] {
+			t.Errorf("no answer to %d", i)
+		}
+	}
+	// The parent goes while a handler runs in the goroutine that reads.
+	quick()
+	task(t, ch, id+1, "wait", "")
+	ch.Flush(time.Minute)
+	ch.Close()
+	if err := <-done; err != nil {
+		t.Errorf("Serve = %v", err)
+	}
+}
+
 // The end of the context, of the parent and of the parent's good manners.
 func TestServeEnds(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
