@@ -159,6 +159,12 @@ func (c *Client) Signal(ctx context.Context, req SignalRequest) (ActResult, erro
 	return call[ActResult](ctx, c, http.MethodPost, "/v1/signal", nil, req)
 }
 
+// Message sends a message to the Node programs that targets match and, where it
+// is asked for, waits for their replies.
+func (c *Client) Message(ctx context.Context, req MessageRequest) (ActResult, error) {
+	return call[ActResult](ctx, c, http.MethodPost, "/v1/message", nil, req)
+}
+
 // Scale sets the number of instances of an app.
 func (c *Client) Scale(ctx context.Context, req ScaleRequest) (ActResult, error) {
 	return call[ActResult](ctx, c, http.MethodPost, "/v1/scale", nil, req)

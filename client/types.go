@@ -8,6 +8,7 @@
 package client
 
 import (
+	"encoding/json"
 	"time"
 
 	"github.com/remuda-dev/remuda/internal/config"
@@ -109,6 +110,18 @@ type SignalRequest struct {
 	Signal  string   `json:"signal"`
 }
 
+// MessageRequest sends a message to the Node programs of targets, which get it
+// by process.on('message').
+type MessageRequest struct {
+	Targets []Target        `json:"targets"`
+	Message json.RawMessage `json:"message"` // any JSON value, at most 1 MiB
+	// Reply, unless it is "", is the name of a custom action of @pm2/io, whose
+	// reply (a message of the type axm:reply) is waited for and becomes
+	// [Outcome.Reply]. WaitMS is for how many milliseconds, at most ten minutes.
+	Reply  string `json:"reply,omitempty" maxLength:"1000"`
+	WaitMS int    `json:"wait_ms,omitempty" minimum:"0" maximum:"600000"`
+}
+
 // StartRequest adds apps, or brings ones of the same name to a new spec, and
 // starts them.
 type StartRequest struct {
@@ -146,7 +159,8 @@ type ActResult struct {
 // asked did not come about ("" where it did).
 type Outcome struct {
 	Instance
-	Error string `json:"error,omitempty"`
+	Error string          `json:"error,omitempty"`
+	Reply json.RawMessage `json:"reply,omitempty"` // to a message; see [MessageRequest]
 }
 
 // ScaleRequest sets an app's number of instances: "4", "+2", "-1", "max".

@@ -35,6 +35,7 @@ type Daemon interface {
 	Start(context.Context, client.StartRequest) (client.ActResult, error)
 	Act(context.Context, client.ActRequest) (client.ActResult, error)
 	Signal(context.Context, client.SignalRequest) (client.ActResult, error)
+	Message(context.Context, client.MessageRequest) (client.ActResult, error)
 	Scale(context.Context, client.ScaleRequest) (client.ActResult, error)
 	Up(context.Context, client.UpRequest) (client.ActResult, error)
 	Down(ctx context.Context, source string) (client.ActResult, error)
@@ -90,6 +91,7 @@ func Handler(d Daemon, version string) http.Handler {
 	post(a, "start", "/v1/start", "Add apps and start them", d.Start)
 	post(a, "act", "/v1/act", "Start, stop, restart, reload, delete, reset, flush or reopen", d.Act)
 	post(a, "signal", "/v1/signal", "Send a signal", d.Signal)
+	post(a, "message", "/v1/message", "Send a message to Node programs", d.Message)
 	post(a, "scale", "/v1/scale", "Set the number of instances", d.Scale)
 	post(a, "up", "/v1/up", "Make what runs of a file equal the file", d.Up)
 	type down struct {

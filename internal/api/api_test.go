@@ -19,7 +19,11 @@ import (
 	"github.com/remuda-dev/remuda/client"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// The server lingers for half a second on a connection whose request was too
+// large, longer than goleak waits.
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("net/http.(*conn).closeWriteAndWait"))
+}
 
 // recorder is a daemon that remembers what it was asked.
 type recorder struct {

@@ -53,7 +53,7 @@ func TestEveryCommandIsDocumented(t *testing.T) {
 			seen[name] = cmd.Name()
 		}
 	})
-	for _, name := range strings.Fields("start stop restart reload delete del scale list ls ps l status jlist prettylist describe desc info show env pid logs flush reloadLogs sendSignal reset ping kill save dump resurrect startup unstartup up down events upgrade update doctor completion version init schema") {
+	for _, name := range strings.Fields("start stop restart reload delete del scale list ls ps l status jlist prettylist describe desc info show env pid logs flush reloadLogs sendSignal send trigger reset ping kill save dump resurrect startup unstartup up down events upgrade update doctor completion version init schema") {
 		if seen[name] == "" {
 			t.Errorf("there is no command %s", name)
 		}
@@ -473,6 +473,37 @@ func TestScaleAndSignal(t *testing.T) {
 	if r := f.seen("/v1/signal"); !strings.Contains(r[0].body, `"signal":"SIGUSR2"`) {
 		t.Errorf("%+v", r)
 	}
+}
+
+func TestSendAndTrigger(t *testing.T) {
+	f := newFake(t, instance(0, "web", 0, client.Online))
+	for _, c := range []struct {
+		args []string
+		want client.MessageRequest
+	}{
+		{[]string{"send", "web", "hello there"}, client.MessageRequest{Message: json.RawMessage(`"hello there"`)}},
+		{[]string{"send", "web", `{"a":1}`}, client.MessageRequest{Message: json.RawMessage(`{"a":1}`)}},
+		{[]string{"send", "web", "--text", "null"}, client.MessageRequest{Message: json.RawMessage(`"null"`)}},
+		{[]string{"trigger", "web", "act"}, client.MessageRequest{Message: json.RawMessage(`"act"`), Reply: "act", WaitMS: 5000}},
+		{[]string{"trigger", "web", "act", "7", "--wait", "1s"}, client.MessageRequest{Message: json.RawMessage(`{"msg":"act","opts":7}`), Reply: "act", WaitMS: 1000}},
+	} {
+		remuda(t, f.home, c.args...).want(t, 0, "[web:0] message sent", "")
+		seen := f.seen("/v1/message")
+		c.want.Targets = []client.Target{"web"}
+		want, err := json.Marshal(c.want)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.TrimSpace(seen[len(seen)-1].body); got != string(want) {
+			t.Errorf("%q asks for %s, want %s", c.args, got, want)
+		}
+	}
+	out := client.Outcome{Instance: instance(0, "web", 0, client.Online), Reply: json.RawMessage(`{"a":"x"}`)}
+	bad := client.Outcome{Instance: instance(1, "web", 1, client.Online), Error: "did not reply within 5s"}
+	f.result = client.ActResult{Instances: []client.Outcome{out, bad}}
+	remuda(t, f.home, "trigger", "web", "act").want(t, ExitFailed, `[web:0] {"a":"x"}`, "[web:1] did not reply within 5s")
+	remuda(t, f.home, "trigger", "web", "act", "--json").want(t, ExitFailed, `"reply":{"a":"x"}`, "")
+	remuda(t, f.home, "trigger", "web", "act", "--wait", "0s").want(t, ExitUsage, "", "--wait is to be from 1ms to 10m0s")
 }
 
 func TestCompletion(t *testing.T) {

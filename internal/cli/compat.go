@@ -86,7 +86,7 @@ func instead(name string) string {
 		return "`remuda save --force` writes down what there is, even an empty list."
 	case "set", "get", "unset", "conf", "config", "multiset", "install", "uninstall", "module:install", "module:update", "module:generate", "publish", "package":
 		return "There are no settings and no modules: process files say all there is to say."
-	case "attach", "send", "trigger", "serve", "deploy", "pull", "forward", "backward", "link", "unlink", "plus", "login", "register", "inspect", "autoinstall":
+	case "attach", "serve", "deploy", "pull", "forward", "backward", "link", "unlink", "plus", "login", "register", "inspect", "autoinstall":
 		return "It is PM2's and has no counterpart; `remuda --help` lists the commands."
 	}
 	return ""

@@ -168,7 +168,7 @@ func (f *fake) handle(w http.ResponseWriter, r *http.Request) {
 		reply(res)
 	case "/v1/save":
 		reply(client.Saved{Path: filepath.Join(f.home, "dump.json"), Apps: len(f.instances)})
-	case "/v1/act", "/v1/start", "/v1/scale", "/v1/signal", "/v1/down", "/v1/resurrect":
+	case "/v1/act", "/v1/start", "/v1/scale", "/v1/signal", "/v1/message", "/v1/down", "/v1/resurrect":
 		res := f.result
 		if res.Instances == nil {
 			for _, i := range f.match(targets) {

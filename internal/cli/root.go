@@ -78,6 +78,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 no such target, 4 no daemon, 124 timed 
 	root.AddCommand(
 		c.startCommand(), c.stopCommand(), c.restartCommand(), c.reloadCommand(),
 		c.deleteCommand(), c.scaleCommand(), c.resetCommand(), c.signalCommand(),
+		c.sendCommand(), c.triggerCommand(),
 		c.poolCommand(),
 		c.upCommand(), c.downCommand(), c.initCommand(), c.schemaCommand(),
 		c.listCommand(), c.jlistCommand(), c.prettylistCommand(), c.describeCommand(),

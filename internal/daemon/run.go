@@ -84,6 +84,8 @@ type run struct {
 	exit        supervise.Exit
 
 	ipcReady, notifyReady chan struct{} // nil unless the probe waits for them
+
+	replies replies
 }
 
 // channel is Node's, with or without a cluster behind it.
@@ -291,12 +293,6 @@ func (r *run) capture(stream string, pipe, relay *os.File, t logs.Target, adopte
 		return nil
 	}
 	return c
-}
-
-func (r *run) message(m json.RawMessage) {
-	if string(m) == `"ready"` {
-		tell(r.ipcReady)
-	}
 }
 
 func (r *run) ipcClosed(err error) {

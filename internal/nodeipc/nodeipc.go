@@ -490,6 +490,19 @@ func (c *Channel) line(b []byte) error {
 	return nil
 }
 
+// Check reports whether b may be sent as a message of a program: one JSON value
+// of bounded length and depth, and none that Node would take for its own.
+func Check(b []byte) error {
+	if len(b) > MaxLine {
+		return ErrTooLong
+	}
+	cmd, err := decode(b)
+	if err == nil && cmd != "" {
+		err = fmt.Errorf("%w: a cmd that begins with NODE_ is Node's own", ErrMalformed)
+	}
+	return err
+}
+
 // decode checks that b is one JSON value of bounded depth and returns its
 // "cmd" where that makes it one of Node's own messages.
 func decode(b []byte) (cmd string, err error) {

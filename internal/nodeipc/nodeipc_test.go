@@ -568,3 +568,19 @@ func BenchmarkMessage(b *testing.B) {
 		<-got
 	}
 }
+
+func TestCheck(t *testing.T) {
+	for _, c := range []struct {
+		msg  string
+		want error
+	}{
+		{`{"cmd":"x"}`, nil}, {`"NODE_X"`, nil}, {`{"a":{"cmd":"NODE_X"}}`, nil},
+		{`{"cmd":"NODE_X"}`, ErrMalformed}, {`{"\u0063md":"\u004eODE_X"}`, ErrMalformed}, {`{"cmd":1,"cmd":"NODE_X"}`, ErrMalformed},
+		{`{`, ErrMalformed}, {``, ErrMalformed}, {`1 2`, ErrMalformed}, {strings.Repeat("[", 600) + strings.Repeat("]", 600), ErrMalformed},
+		{`"` + strings.Repeat("x", MaxLine) + `"`, ErrTooLong},
+	} {
+		if err := Check([]byte(c.msg)); !errors.Is(err, c.want) {
+			t.Errorf("Check(%.40q) = %v, want %v", c.msg, err, c.want)
+		}
+	}
+}
