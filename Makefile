@@ -15,9 +15,10 @@ LINT_VERSION := v2.15.0
 export LINT_VERSION
 FUZZTIME ?= 60s
 ROUNDS ?= 200
+RELOADS ?= 10
 TASKS ?= 1000000
 
-.PHONY: help build run test lint race fuzz campaign faults bench bench-peers bench-pools clean
+.PHONY: help build run test lint race fuzz campaign reload faults bench bench-peers bench-pools clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,6 +52,10 @@ campaign: ## the crash campaign: ROUNDS (200) rounds of kill -9
 faults: ## TASKS (1,000,000) tasks for pools whose workers are made to fail
 	@scripts/need.sh go node python3
 	go run ./test/poolfaults -tasks $(TASKS)
+
+reload: ## reload servers under load, RELOADS (10) times each; no request may fail
+	@scripts/need.sh go node python3
+	go run ./test/reload -reloads $(RELOADS)
 
 bench: ## the packages' own benchmarks
 	@scripts/need.sh go

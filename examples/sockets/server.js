@@ -15,5 +15,5 @@ process.on('SIGTERM', () => {
   leaving = true;
   server.closeIdleConnections = () => {}; // a request may be on its way on them
   server.close(() => process.exit(0));
-  setTimeout(() => process.exit(0), 2000).unref();
+  setTimeout(() => process.exit(0), 5000).unref();
 });

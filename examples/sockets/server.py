@@ -52,7 +52,7 @@ def leave(*_):
 
 signal.signal(signal.SIGTERM, leave)
 server.serve_forever(poll_interval=0.05)
-end = time.monotonic() + 2
+end = time.monotonic() + 5
 while threading.active_count() > 1 and time.monotonic() < end:
     time.sleep(0.01)
 os._exit(0)  # connections that are still idle by now are cut

@@ -60,7 +60,7 @@ func run() error {
 		// with them a request that is on its way.
 		leaving.Store(true)
 		l.Close()
-		for end := time.Now().Add(2 * time.Second); open.Load() > 0 && time.Now().Before(end); {
+		for end := time.Now().Add(5 * time.Second); open.Load() > 0 && time.Now().Before(end); {
 			time.Sleep(10 * time.Millisecond)
 		}
 		_ = srv.Shutdown(context.Background()) // finishes what is being worked on
