@@ -95,15 +95,16 @@ func AppendFrame(dst []byte, f Frame) []byte {
 	return append(AppendHeader(dst, f.Type, f.ID, len(f.Payload)), f.Payload...)
 }
 
-// maxTook is the longest time that an answer can tell.
-const maxTook = (1<<24 - 1) * time.Microsecond
+// MaxTook is the longest time that an answer can tell; it stands for longer ones
+// too.
+const MaxTook = (1<<24 - 1) * time.Microsecond
 
 // setTook puts a handler's time into a header.
 func setTook(header []byte, took time.Duration) {
 	if took <= 0 {
 		return
 	}
-	us := uint32(max(min(took, maxTook)/time.Microsecond, 1)) // 0 would mean that it is not told
+	us := uint32(max(min(took, MaxTook)/time.Microsecond, 1)) // 0 would mean that it is not told
 	header[5], header[6], header[7] = byte(us), byte(us>>8), byte(us>>16)
 }
 

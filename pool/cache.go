@@ -17,8 +17,8 @@ import (
 // task is given up when the last has left. What ended in a result is kept for
 // TTL, a failure never is.
 //
-// Tasks with OnProgress, OnChunk or Files are neither kept nor shared. Files that
-// come with a result are closed where a cache had the task done.
+// Tasks with OnProgress, OnChunk or Files are neither kept nor shared. A result
+// with Files is one caller's alone: the others' tasks are then done for each.
 //
 // Nothing is started or set aside as long as nothing is kept.
 type CacheOptions struct {
@@ -90,6 +90,7 @@ type flight struct {
 	res   Result
 	err   error
 	alone bool // one waits: the body is its own
+	taken bool // one has got res with its files; guarded by cache.mu
 }
 
 func newCache(o CacheOptions, next doFunc) (*cache, error) {
@@ -148,12 +149,22 @@ func (c *cache) do(ctx context.Context, t *Task) (Result, error) {
 			return Result{Wait: time.Since(asked)}, gaveUp(ctx.Err())
 		}
 	}
-	return f.share(first, asked)
+	return c.share(ctx, t, f, first, asked)
 }
 
 // share is what one of those gets who waited for f, which has ended.
-func (f *flight) share(first bool, asked time.Time) (Result, error) {
+func (c *cache) share(ctx context.Context, t *Task, f *flight, first bool, asked time.Time) (Result, error) {
 	r := f.res
+	if len(r.Files) > 0 {
+		c.mu.Lock()
+		taken := f.taken
+		f.taken = true
+		c.mu.Unlock()
+		if taken {
+			return c.next(ctx, t)
+		}
+		return r, f.err
+	}
 	if !first {
 		r.Cached = f.err == nil
 		r.Wait, r.Run = time.Since(asked), 0
@@ -176,24 +187,33 @@ func (c *cache) leave(key cacheKey, f *flight, why error) bool {
 	}
 	f.waiting--
 	if f.waiting == 0 {
-		delete(c.flights, key)
+		c.land(key)
 		f.ctx.end(why)
 	}
 	return true
+}
+
+// land takes a flight out of those that can be joined.
+func (c *cache) land(key cacheKey) {
+	delete(c.flights, key)
+	if len(c.flights) == 0 {
+		c.flights = nil // a map does not shrink
+	}
 }
 
 // fly does the task of a flight.
 func (c *cache) fly(key cacheKey, t *Task, f *flight) {
 	defer f.ctx.end(context.Canceled)
 	r, err := c.next(f.ctx, t)
-	closeFiles(r.Files) // which of the callers should get them?
-	r.Files = nil
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if f.waiting > 0 {
-		delete(c.flights, key)
+		c.land(key)
 	}
-	if err == nil { // also where all have left
+	switch {
+	case len(r.Files) > 0 && f.waiting == 0:
+		closeFiles(r.Files)
+	case err == nil && len(r.Files) == 0: // also where all have left
 		c.keep(key, r.Body)
 	}
 	f.res, f.err, f.alone = r, err, f.waiting == 1

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -272,6 +273,53 @@ func TestCacheStorm(t *testing.T) {
 	})
 }
 
+// Files that come with a result are one caller's, and nobody's where all left.
+func TestCacheFiles(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
+		var given []*os.File
+		c, err := newCache(CacheOptions{}, func(context.Context, *Task) (Result, error) {
+			f, err := os.Open(os.DevNull)
+			mu.Lock()
+			given = append(given, f)
+			mu.Unlock()
+			time.Sleep(time.Second)
+			return Result{Files: []*os.File{f}}, err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var wg sync.WaitGroup
+		var got [3]Result
+		for i := range got {
+			wg.Go(func() { got[i], _ = c.do(context.Background(), &Task{CacheKey: "k"}) })
+			synctest.Wait()
+		}
+		time.Sleep(time.Second)
+		synctest.Wait() // one has its result, the others' tasks are begun, one after the other
+		wg.Wait()
+		if len(given) != 3 || len(got[0].Files)+len(got[1].Files)+len(got[2].Files) != 3 ||
+			got[0].Files[0] == got[1].Files[0] || got[1].Files[0] == got[2].Files[0] || c.stats().Entries != 0 {
+			t.Errorf("%d files for %+v", len(given), got)
+		}
+		for _, r := range got {
+			if err := r.Files[0].Close(); err != nil {
+				t.Error(err)
+			}
+		}
+		short, cancel := context.WithTimeout(context.Background(), time.Millisecond)
+		defer cancel()
+		if _, err := c.do(short, &Task{CacheKey: "k"}); !errors.Is(err, ErrTimeout) {
+			t.Error(err)
+		}
+		c.close()
+		c.wait()
+		if err := given[3].Close(); !errors.Is(err, os.ErrClosed) {
+			t.Errorf("what nobody waits for was left open: %v", err)
+		}
+	})
+}
+
 // What would be wrong to share is not.
 func TestCachePasses(t *testing.T) {
 	done := 0
@@ -282,7 +330,7 @@ func TestCachePasses(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tasks := []Task{{}, {CacheKey: "k", OnChunk: func([]byte) {}}, {CacheKey: "k", OnProgress: func([]byte) {}}}
+	tasks := []Task{{}, {CacheKey: "k", OnChunk: func([]byte) {}}, {CacheKey: "k", OnProgress: func([]byte) {}}, {CacheKey: "k", Files: []*os.File{nil}}}
 	for range 2 {
 		for _, task := range tasks {
 			if r, err := c.do(context.Background(), &task); err != nil || r.Cached {

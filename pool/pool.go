@@ -188,6 +188,7 @@ type call struct {
 	ended      bool
 	attempts   int
 	timer      *time.Timer
+	took       time.Duration // in the handler; 0: not told
 	res        Result
 	err        error
 }
@@ -535,7 +536,7 @@ func (p *Pool) settle(c *call, body []byte, err error) (next *call) {
 			go p.fill(to)
 		}
 	default:
-		c.res.Body = body
+		c.res.Body, c.took = body, c.req.Took
 		if err == nil {
 			p.suspects.clear(c)
 			c.res.Files = c.req.Got
@@ -623,7 +624,7 @@ func (p *Pool) finish(c *call, err error) {
 		c.res.Wait = now.Sub(c.asked)
 	}
 	if c.attempts > 0 {
-		p.use.ran(c.res.Wait, c.res.Run, 0)
+		p.use.ran(c.res.Wait, c.res.Run, c.took)
 	}
 	p.stats.count(err)
 	p.open--

@@ -1,6 +1,10 @@
 package pool
 
-import "time"
+import (
+	"time"
+
+	"github.com/remuda-dev/remuda/ipc"
+)
 
 // turnTime is how long a turn takes: what is recent is the turn that has begun
 // and the one before.
@@ -57,7 +61,7 @@ func (u *usage) change(now time.Time, busy, up int) {
 func (u *usage) ran(wait, run, took time.Duration) {
 	u.wait.add(wait)
 	u.run.add(run)
-	if took > 0 {
+	if took > 0 && took < ipc.MaxTook {
 		took = min(took, run)
 		u.ipc.add(run - took)
 		u.sums.told += run

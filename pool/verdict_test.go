@@ -109,7 +109,7 @@ func TestVerdictOfRealPools(t *testing.T) {
 	t.Run("saturated", func(t *testing.T) {
 		t.Parallel()
 		s := bring(t, newPool(t, Options{Size: 1}), WorkersSaturated, 4, Task{Name: "spin", Body: []byte("5ms")})
-		if s.Recent.Utilization < 0.8 || s.Wait.P50 < 5*time.Millisecond || s.Run.P50 < 5*time.Millisecond {
+		if s.Recent.Utilization < 0.8 || s.Wait.P50 < 5*time.Millisecond || s.Run.P50 < 5*time.Millisecond || s.IPC.Count == 0 {
 			t.Errorf("%+v", s)
 		}
 	})
@@ -117,6 +117,13 @@ func TestVerdictOfRealPools(t *testing.T) {
 		t.Parallel()
 		s := bring(t, newPool(t, Options{Size: 3}), QueueStarved, 1, Task{Name: "spin", Body: []byte("1ms")})
 		if s.Recent.Utilization > 0.5 || s.Utilization > 0.5 || !strings.Contains(s.Verdict.Advice, "Size from 3") {
+			t.Errorf("%+v", s)
+		}
+	})
+	t.Run("messages", func(t *testing.T) {
+		t.Parallel()
+		s := bring(t, newPool(t, Options{Size: 1}), IPCBound, 1, Task{Body: []byte("x")})
+		if s.IPC.Count == 0 || s.IPC.P50 == 0 || s.IPC.P50 > s.Run.P50 || !strings.Contains(s.Verdict.Advice, "Concurrency") {
 			t.Errorf("%+v", s)
 		}
 	})
