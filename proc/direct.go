@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"strconv"
 	"sync"
 	"syscall"
@@ -22,7 +23,13 @@ type Direct struct {
 	// Tag is the instance tag in [RunVar] and in the cgroup's name: see
 	// [ValidTag]. Default "direct<pid>".
 	Tag string
+	// DieWithParent has the kernel kill every leader with SIGKILL when the
+	// calling process ends, however it ends. What a leader has started itself
+	// is not killed; [SweepDead] finds it. A thread is held for it until Close.
+	DieWithParent bool
 
+	forks    chan func() // to the thread that forks, nil where any may
+	forkOnce sync.Once
 	once     sync.Once
 	launcher *Launcher
 	err      error
@@ -36,9 +43,22 @@ func (d *Direct) init() (*Launcher, error) {
 		if tag == "" {
 			tag = "direct" + strconv.Itoa(os.Getpid())
 		}
-		d.launcher, d.err = NewLauncher(LauncherOptions{Tag: tag})
+		d.launcher, d.err = NewLauncher(LauncherOptions{Tag: tag, DieWithParent: d.DieWithParent})
+		if d.err == nil && d.DieWithParent {
+			d.forks = make(chan func())
+			go d.fork()
+		}
 	})
 	return d.launcher, d.err
+}
+
+// fork is the thread whose children the leaders are. The kernel kills them with
+// the thread, not with the process, so it must be one that lives as long.
+func (d *Direct) fork() {
+	runtime.LockOSThread()
+	for f := range d.forks {
+		f()
+	}
 }
 
 // Spawn implements [Spawner].
@@ -57,7 +77,16 @@ func (d *Direct) Spawn(ctx context.Context, spec Spec) (Process, error) {
 	p := &directProcess{done: make(chan struct{})}
 	err = WithFDs(spec.Files, fds, func() error {
 		var err error
-		p.tree, err = l.Launch(&spec, fds)
+		if d.forks == nil {
+			p.tree, err = l.Launch(&spec, fds)
+			return err
+		}
+		done := make(chan struct{})
+		d.forks <- func() {
+			defer close(done)
+			p.tree, err = l.Launch(&spec, fds)
+		}
+		<-done
 		return err
 	})
 	if err != nil {
@@ -73,6 +102,9 @@ func (d *Direct) Close() {
 	d.once.Do(func() { d.err = errors.New("proc: the spawner is closed") })
 	if d.launcher != nil {
 		d.launcher.Close()
+	}
+	if d.forks != nil {
+		d.forkOnce.Do(func() { close(d.forks) })
 	}
 }
 

@@ -22,6 +22,11 @@ type LauncherOptions struct {
 	// what loses its parent becomes its child, which makes tracing exact and
 	// cheap.
 	Subreaper bool
+	// DieWithParent has the kernel kill a leader when the thread that called
+	// Launch ends: see [Direct.DieWithParent]. Runs that need a thread of their
+	// own for their start (nice value, umask, a memory limit of cgroup v1) go
+	// without.
+	DieWithParent bool
 	// MoveSelf allows the launcher to move the calling process into a leaf of
 	// its own cgroup in order to enable the v2 memory controller.
 	MoveSelf bool
@@ -246,6 +251,9 @@ func (l *Launcher) start(t *Tree, spec *Spec, fds []int) (int, error) {
 	}
 	memV1 := t.mem != "" && l.groups.memV1
 	if spec.Nice == 0 && spec.Umask == nil && !memV1 {
+		if l.opts.DieWithParent {
+			sys.Pdeathsig = unix.SIGKILL
+		}
 		return fork()
 	}
 

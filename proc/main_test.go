@@ -1,6 +1,7 @@
 package proc
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -22,6 +23,8 @@ func TestMain(m *testing.M) {
 		goleak.VerifyTestMain(m)
 	case strings.HasPrefix(mode, "family"):
 		family(mode)
+	case mode == "owner":
+		owner()
 	case mode == "unprivileged":
 		os.Exit(m.Run())
 	default:
@@ -61,5 +64,23 @@ func family(mode string) {
 		os.Exit(0)
 	}
 	fmt.Fprintln(pipe, os.Getpid())
+	time.Sleep(time.Hour)
+}
+
+// owner is a program that starts a family and never ends by itself.
+func owner() {
+	d := &Direct{Tag: OwnedTag("ptesto"), DieWithParent: true}
+	fmt.Println(d.Tag)
+	exe, err := os.Executable()
+	if err == nil {
+		_, err = d.Spawn(context.Background(), Spec{
+			Key: "family", Path: exe, Env: []string{modeVar + "=family", "GORACE=atexit_sleep_ms=0"},
+			Files: []*os.File{nil, nil, os.Stderr, os.Stdout},
+		})
+	}
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
 	time.Sleep(time.Hour)
 }
