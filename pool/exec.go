@@ -86,11 +86,18 @@ func (e *execSlot) run(ctx context.Context, r *ipc.Request) ([]byte, error) {
 	died := func(what string, err error) error {
 		return &WorkerError{Kind: ErrWorkerDied, Exit: supervise.Exit{Code: -1, Failed: true, Err: what + ": " + err.Error()}}
 	}
-	in, err := input(r.Body)
-	if err != nil {
-		return nil, died("give it its input", err)
+	var args []string
+	if c, ok := r.To.(*call); ok {
+		args = c.task.Args
 	}
-	defer in.Close()
+	var in *os.File // without a task it reads nothing
+	if args == nil || len(r.Body) > 0 {
+		var err error
+		if in, err = input(r.Body); err != nil {
+			return nil, died("give it its input", err)
+		}
+		defer in.Close()
+	}
 	outR, outW, err := os.Pipe()
 	if err != nil {
 		return nil, died("make its standard output", err)
@@ -102,12 +109,19 @@ func (e *execSlot) run(ctx context.Context, r *ipc.Request) ([]byte, error) {
 		return nil, died("make its standard error", err)
 	}
 	defer errR.Close()
-	pr, err := e.s.o.Spawner.Spawn(ctx, e.s.spec(e.slot, []*os.File{in, outW, errW}, nil))
+	spec := e.s.spec(e.slot, []*os.File{in, outW, errW}, nil)
+	if args != nil {
+		spec.Args = append([]string{spec.Path}, args...)
+	}
+	pr, err := e.s.o.Spawner.Spawn(ctx, spec)
 	outW.Close()
 	errW.Close()
 	if err != nil {
 		if ctx.Err() != nil {
 			return nil, fmt.Errorf("pool: %w", ctx.Err())
+		}
+		if args != nil && unfit(err) {
+			return nil, &TaskError{Code: "arguments", Message: err.Error()}
 		}
 		return nil, &WorkerError{Kind: ErrNoWorkers, Exit: supervise.Exit{Code: -1, Failed: true, Err: err.Error()}}
 	}
@@ -139,6 +153,7 @@ func (e *execSlot) run(ctx context.Context, r *ipc.Request) ([]byte, error) {
 		defer wg.Done()
 		tail.to = e.s.o.Stderr
 		_, _ = io.Copy(&tail, errR) // cannot fail but by the pipe's end
+		tail.end()
 	}()
 	<-pr.Done()
 	killNow(pr) // what it left behind holds its pipes
@@ -153,7 +168,7 @@ func (e *execSlot) run(ctx context.Context, r *ipc.Request) ([]byte, error) {
 	case exit.Ok():
 		return out, nil
 	case exit.Signal != 0:
-		return nil, &WorkerError{
+		return out, &WorkerError{
 			Kind: ErrWorkerDied, PID: pr.ID().PID, Stderr: tail.String(),
 			Exit: supervise.Exit{Code: -1, Failed: true, Signal: unix.SignalName(exit.Signal), At: exit.At},
 		}
@@ -169,7 +184,13 @@ func (e *execSlot) run(ctx context.Context, r *ipc.Request) ([]byte, error) {
 	if err != nil {
 		data = nil
 	}
-	return nil, &TaskError{Code: "exit", Message: text, Data: data}
+	return out, &TaskError{Code: "exit", Message: text, Data: data}
+}
+
+// unfit reports whether it is the arguments that a program was not started for.
+func unfit(err error) bool {
+	var se *proc.SpawnError
+	return errors.Is(err, syscall.E2BIG) || errors.As(err, &se) && se.Op == proc.OpSpec
 }
 
 // input is a file of memory that holds b: a pipe would need somebody who writes
@@ -197,23 +218,44 @@ func killNow(pr proc.Process) {
 	_ = pr.KillTree(ctx)
 }
 
-// tail keeps the end of what is written to it.
+// tail keeps the end of what is written to it, and passes it on by whole lines:
+// programs that run at the same time do not write into each other's.
 type tail struct {
-	to *os.File
-	b  []byte
+	to   *os.File
+	line []byte // what has come of a line
+	b    []byte
 }
 
-const maxTail = 4 << 10
+const (
+	maxTail = 4 << 10
+	maxLine = 64 << 10 // a longer one is passed on in pieces
+)
 
 func (t *tail) Write(b []byte) (int, error) {
 	if t.to != nil {
-		_, _ = t.to.Write(b) // the caller's affair
+		t.line = append(t.line, b...)
+		n := bytes.LastIndexByte(t.line, '\n') + 1
+		if n == 0 && len(t.line) > maxLine {
+			n = len(t.line)
+		}
+		if n > 0 {
+			_, _ = t.to.Write(t.line[:n]) // the caller's affair
+			t.line = append(t.line[:0], t.line[n:]...)
+		}
 	}
 	t.b = append(t.b, b...)
 	if len(t.b) > 2*maxTail {
 		t.b = append(t.b[:0], t.b[len(t.b)-maxTail:]...)
 	}
 	return len(b), nil
+}
+
+// end passes on what has no newline.
+func (t *tail) end() {
+	if len(t.line) > 0 {
+		_, _ = t.to.Write(t.line)
+		t.line = nil
+	}
 }
 
 func (t *tail) String() string {

@@ -29,7 +29,8 @@ const (
 	// next process.send as the answer; failures as with JSONLines.
 	Node Protocol = "node"
 	// Exec starts the command anew for each task: standard input is the task,
-	// standard output the result, an exit code other than 0 a failure.
+	// standard output the result, an exit code other than 0 a failure. See
+	// Task.Args for arguments.
 	Exec Protocol = "exec"
 )
 

@@ -31,6 +31,10 @@ type Task struct {
 	// (ipc.ErrNoFiles), one for [Node], none for the others. A task that is tried
 	// again takes them along again.
 	Files []*os.File
+	// Args are the program's arguments for this task, in place of those of
+	// Options.Command; [Exec] only. nil: those of Options.Command. A program
+	// with Args and an empty Body reads /dev/null.
+	Args []string
 	// Priority is 0 to [MaxPriority]: as long as a task of a higher one waits,
 	// none of a lower one is begun (but see Options.Ageing).
 	Priority int
@@ -61,7 +65,7 @@ func (t *Task) check() error {
 
 // Result is what a task came to. The times are set for failures too.
 type Result struct {
-	Body     []byte        // the caller's own
+	Body     []byte        // the caller's own; with Exec also where the program failed
 	Files    []*os.File    // what the worker sent along; the caller's own, to be closed
 	Wait     time.Duration // from Do to the start on the worker that ended it
 	Run      time.Duration // on that worker
@@ -125,7 +129,7 @@ func New(o Options) (*Pool, error) {
 	}
 	var own *proc.Direct
 	if o.Spawner == nil {
-		own = &proc.Direct{Tag: fmt.Sprintf("pool%d.%x", os.Getpid(), rand.Uint64())}
+		own = &proc.Direct{Tag: proc.OwnedTag("pool")}
 		o.Spawner = own
 	}
 	s := &starter{o: o, run: strconv.FormatUint(rand.Uint64(), 36)}
