@@ -49,6 +49,11 @@ type Task struct {
 	// CacheKey lets the result be shared with all tasks of the same Name and
 	// CacheKey, where Options.Cache is set: see [CacheOptions]. "": not.
 	CacheKey string
+	// OnQueued is called in Do when the task has its place: whatever is given to
+	// the pool afterwards, with the same priority, is begun later. Where the
+	// task is refused or shares another's result it is not called. nil: nobody
+	// wants to know.
+	OnQueued func()
 	// OnProgress and OnChunk are given what the worker sends ahead of its
 	// result, in order; [Frames] only. They hold up the worker's other answers,
 	// so they must be quick, and one may still run when Do returns early. nil:
@@ -264,6 +269,9 @@ func (p *Pool) do(ctx context.Context, t *Task) (Result, error) {
 		// either way, and the most urgent goes first.
 		p.wait(c, later)
 		p.mu.Unlock()
+	}
+	if t.OnQueued != nil {
+		t.OnQueued()
 	}
 	p.await(ctx, c)
 	return c.res, c.err

@@ -34,9 +34,9 @@ func pidNamespace() uint64 {
 	return st.Ino
 }
 
-// ownerDead reports whether tag is an OwnedTag with the prefix whose process is
+// OwnerDead reports whether tag is an OwnedTag with the prefix whose process is
 // known to be gone.
-func ownerDead(tag, prefix string) bool {
+func OwnerDead(tag, prefix string) bool {
 	rest, ok := strings.CutPrefix(tag, prefix)
 	f := strings.Split(rest, ".")
 	if !ok || len(f) != 4 {
@@ -75,7 +75,7 @@ func SweepDead(ctx context.Context, prefix string) (killed int, err error) {
 			if !ok {
 				tag, ok = strings.CutPrefix(name, memDirName(""))
 			}
-			if ok && ownerDead(tag, prefix) {
+			if ok && OwnerDead(tag, prefix) {
 				dead[tag] = true
 			}
 		}
@@ -86,7 +86,7 @@ func SweepDead(ctx context.Context, prefix string) (killed int, err error) {
 			return 0, err
 		}
 		for _, st := range all {
-			if tag, _, ok := strings.Cut(runMark(st), "-"); ok && ownerDead(tag, prefix) {
+			if tag, _, ok := strings.Cut(runMark(st), "-"); ok && OwnerDead(tag, prefix) {
 				dead[tag] = true
 			}
 		}

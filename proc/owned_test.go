@@ -91,7 +91,7 @@ func TestSweepDead(t *testing.T) {
 
 func TestOwnerDead(t *testing.T) {
 	own := OwnedTag("pool")
-	if !ValidTag(own) || ownerDead(own, "pool") {
+	if !ValidTag(own) || OwnerDead(own, "pool") {
 		t.Errorf("%q", own)
 	}
 	ns := strconv.FormatUint(pidNamespace(), 36)
@@ -106,7 +106,7 @@ func TestOwnerDead(t *testing.T) {
 		"tool4194305.1." + ns + ".x":                           false,
 		"pool":                                                 false, "": false,
 	} {
-		if got := ownerDead(tag, "pool"); got != want {
+		if got := OwnerDead(tag, "pool"); got != want {
 			t.Errorf("%q: %v", tag, got)
 		}
 	}

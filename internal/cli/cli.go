@@ -6,7 +6,8 @@
 // what is said to a person about it to standard error.
 //
 // It must never import the daemon, the API server or anything that runs
-// processes, but for package pool, since `remuda pool run` needs no daemon.
+// processes, but for packages pool and batch, since `remuda pool run` needs no
+// daemon.
 package cli
 
 import (
