@@ -103,6 +103,46 @@ func (c *Channel) tooLarge(n int) error {
 	return fmt.Errorf("%w: %d bytes, where the other side takes %d", ErrTooLarge, n, c.peer.Load())
 }
 
+// Publish sends a message for whoever has subscribed, on the worker's side. It
+// fails as Send does, and with ErrTopic.
+func (c *Channel) Publish(topic string, body []byte) error {
+	if err := checkTopic(topic, false); err != nil {
+		return err
+	}
+	if len(body) > MaxPublish {
+		return fmt.Errorf("%w: a message of %d bytes, where %d are allowed", ErrTooLarge, len(body), MaxPublish)
+	}
+	return c.publish(topic, body, 0)
+}
+
+func (c *Channel) publish(topic string, body []byte, dropped uint32) error {
+	if n := 1 + len(topic) + len(body); int64(n) > c.peer.Load() {
+		return c.tooLarge(n)
+	}
+	var space [HeaderSize + 1 + MaxTopic]byte
+	if err := c.w.queue(appendPublish(space[:0], topic, dropped, len(body)), body); err != nil {
+		return err
+	}
+	c.w.flush(true)
+	return nil
+}
+
+// Subscribe asks for messages, on the worker's side: see [Topics.Subscribe].
+func (c *Channel) Subscribe(topic string, slow SlowPolicy) error {
+	if err := checkTopic(topic, true); err != nil {
+		return err
+	}
+	return c.Send(TypeSubscribe, 0, append([]byte{byte(slow)}, topic...))
+}
+
+// Unsubscribe asks for no more of them, by the name that was subscribed to.
+func (c *Channel) Unsubscribe(topic string) error {
+	if err := checkTopic(topic, true); err != nil {
+		return err
+	}
+	return c.Send(TypeUnsubscribe, 0, []byte(topic))
+}
+
 // SendHello sends the hello.
 func (c *Channel) SendHello(h Hello) error {
 	h.Remuda = Version

@@ -88,12 +88,17 @@ type Options struct {
 	MaxQueued   int // bytes that wait for the worker; 0: DefaultMaxQueued
 	Concurrency int // told to frames workers: tasks under way at a time
 
+	// Topics is what frames workers publish to and subscribe to. Nil: what they
+	// publish goes nowhere, and they hear nothing.
+	Topics *Topics
+
 	// OnMessage is given what a Node program sends while no task is under way,
 	// with the handle that came along or nil; both are its own. The calls come
 	// one after the other from the goroutine in Serve. Nil: dropped.
 	OnMessage func(msg json.RawMessage, f *os.File)
 	// MaxUnsolicited is how many such messages a second a Node program may
-	// send; more are a violation of the protocol. 0: DefaultMaxUnsolicited;
+	// send, and how often a second a frames worker may publish, subscribe and
+	// unsubscribe; more is a violation of the protocol. 0: DefaultMaxUnsolicited;
 	// below 0: any number.
 	MaxUnsolicited int
 	// HealthCheck makes Ping ask a Node program by {"type":"health_check"} and
@@ -114,8 +119,11 @@ type frames struct {
 	last    uint32
 	ready   bool
 	err     error // set once the channel has ended
+	fatal   error // why it was ended from here
 	pings   uint32
 	lead    lead
+
+	subs subscriber // of the one that reads
 }
 
 // NewFrames speaks the frames protocol over f, the parent's end of a Pair,
@@ -132,6 +140,7 @@ func NewFrames(f *os.File, o Options) (Conn, error) {
 	}
 	c := &frames{ch: ch, pending: make(map[uint32]*Request)}
 	c.lead.init(&c.mu)
+	c.subs.init(c, o)
 	return c, nil
 }
 
@@ -150,6 +159,9 @@ func (c *frames) Serve(ready func()) error {
 		err = nil
 	}
 	c.mu.Lock()
+	if c.fatal != nil {
+		err = c.fatal
+	}
 	c.err = ErrClosed
 	if err != nil {
 		c.err = fmt.Errorf("%w: %w", ErrClosed, err)
@@ -158,6 +170,7 @@ func (c *frames) Serve(ready func()) error {
 	c.pending = nil
 	c.mu.Unlock()
 	c.ch.Close()
+	c.subs.end()
 	for _, r := range left {
 		r.To.End(r, nil, c.err)
 	}
@@ -262,6 +275,8 @@ func (c *frames) handle(f Frame, owned bool, ready func()) error {
 	case TypePing:
 		return c.ch.Send(TypePong, f.ID, keep())
 	case TypePong:
+	case TypeSubscribe, TypeUnsubscribe, TypePublish:
+		return c.subs.handle(f)
 	default:
 		if !f.Type.Optional() {
 			return fmt.Errorf("%w: unexpected frame %s from a worker", ErrProtocol, f.Type)

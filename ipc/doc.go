@@ -6,6 +6,8 @@
 // standard input and output, [NewNode] the channel of Node's own child_process,
 // with messages that expect no answer and handles both ways.
 // [Channel] is the frame layer alone, which the worker's side stands on too.
+// Descriptors go along with tasks and answers. [Topics] is a bus of messages that
+// expect no answer, for workers and others.
 //
 // Invariants: nothing a worker writes can make the parent block, panic or hold
 // more than the bound it was given; a request that was started ends exactly

@@ -48,13 +48,17 @@ const (
 	TypePong     Type = 9  // both: the answer, with the ping's id and payload
 	TypeStop     Type = 10 // to the worker: finish what you have, then end
 	TypeHandles  Type = 11 // both: descriptors that belong to the next frame
+
+	TypeSubscribe   Type = 12 // to the parent: what the worker wants to hear
+	TypeUnsubscribe Type = 13 // to the parent: and what not any more
+	TypePublish     Type = 14 // both: a message for whoever has subscribed
 )
 
 // Optional reports whether a reader that does not know the type skips it.
 func (t Type) Optional() bool { return t >= 128 }
 
 func (t Type) String() string {
-	names := [...]string{"0", "HELLO", "TASK", "RESULT", "ERROR", "PROGRESS", "CHUNK", "CANCEL", "PING", "PONG", "STOP", "HANDLES"}
+	names := [...]string{"0", "HELLO", "TASK", "RESULT", "ERROR", "PROGRESS", "CHUNK", "CANCEL", "PING", "PONG", "STOP", "HANDLES", "SUBSCRIBE", "UNSUBSCRIBE", "PUBLISH"}
 	if int(t) < len(names) {
 		return names[t]
 	}
@@ -129,6 +133,10 @@ func parseHeader(b []byte, limit int) (t Type, id uint32, n int, err error) {
 		limit = 0
 	case TypeHandles:
 		limit = min(limit, MaxFiles)
+	case TypeSubscribe, TypeUnsubscribe:
+		limit = 1 + MaxTopic
+	case TypePublish:
+		limit = 1 + MaxTopic + MaxPublish
 	}
 	if uint64(size) > uint64(limit) {
 		return 0, 0, 0, fmt.Errorf("%w: %s frame of %d bytes, where %d are allowed", ErrTooLarge, t, size, limit)
@@ -200,6 +208,27 @@ func ParseTask(b []byte) (name string, timeout time.Duration, body []byte, err e
 	}
 	timeout = time.Duration(binary.LittleEndian.Uint32(b)) * time.Millisecond
 	return string(b[taskHeader : taskHeader+n]), timeout, b[taskHeader+n:], nil
+}
+
+// appendPublish appends a publish frame without its body.
+func appendPublish(dst []byte, topic string, dropped uint32, body int) []byte {
+	dst = AppendHeader(dst, TypePublish, dropped, 1+len(topic)+body)
+	return append(append(dst, byte(len(topic))), topic...)
+}
+
+// ParsePublish reads the payload of a publish frame. body aliases b.
+func ParsePublish(b []byte) (topic string, body []byte, err error) {
+	if len(b) == 0 || int(b[0]) > len(b)-1 {
+		return "", nil, fmt.Errorf("%w: PUBLISH of %d bytes", ErrProtocol, len(b))
+	}
+	topic = string(b[1 : 1+int(b[0])])
+	if err := checkTopic(topic, false); err != nil {
+		return "", nil, fmt.Errorf("%w: %w", ErrProtocol, err)
+	}
+	if body = b[1+len(topic):]; len(body) > MaxPublish {
+		return "", nil, fmt.Errorf("%w: PUBLISH of a message of %d bytes", ErrTooLarge, len(body))
+	}
+	return topic, body, nil
 }
 
 // TaskError is a failure that the worker itself reported.

@@ -19,8 +19,8 @@ import (
 )
 
 const (
-	// DefaultMaxUnsolicited is how many messages that answer nothing a Node
-	// program may send in a second, where no other bound is set.
+	// DefaultMaxUnsolicited is how many messages that answer nothing a worker
+	// may send in a second, where no other bound is set.
 	DefaultMaxUnsolicited = 20_000
 
 	// maxRetransmissions is how often a handle is sent again that did not

@@ -45,6 +45,7 @@ type writer struct {
 	owned   bool   // somebody writes, or is about to
 	held    bool   // what is queued waits for release
 	ending  func() // called once when all is written
+	room    sync.Cond
 	err     error
 	spare   []byte
 	spareSg []segment
@@ -66,6 +67,7 @@ func newWriter(f *os.File, limit int) (*writer, error) {
 		limit = DefaultMaxQueued
 	}
 	w := &writer{rc: rc, limit: limit}
+	w.room.L = &w.mu
 	w.step = w.writeStep
 	return w, nil
 }
@@ -225,6 +227,7 @@ func (w *writer) take() bool {
 
 // written accounts for what write did.
 func (w *writer) written(err error) {
+	defer w.room.Broadcast()
 	if err != nil {
 		if w.err == nil {
 			w.err = err
@@ -352,6 +355,17 @@ func (w *writer) fail(err error) {
 	}
 	drop(w.segs)
 	w.segs = nil
+	w.room.Broadcast()
+}
+
+// waitRoom waits until no more than n bytes wait to be written, or it fails.
+func (w *writer) waitRoom(n int) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for w.err == nil && w.queued > n {
+		w.room.Wait()
+	}
+	return w.err
 }
 
 // whenWritten calls f, which must not call the writer, when nothing is left to

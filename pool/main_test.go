@@ -25,7 +25,7 @@ func TestMain(m *testing.M) {
 	case "":
 		goleak.VerifyTestMain(m)
 	case "worker":
-		err := sdk.Serve(context.Background(), handlers())
+		err := serveTests()
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
@@ -45,6 +45,31 @@ func TestMain(m *testing.M) {
 			}
 		}
 	}
+}
+
+// serveTests is a worker that also says again what it hears.
+func serveTests() error {
+	w, err := sdk.Open(handlers())
+	if err != nil {
+		return err
+	}
+	sub, err := w.Subscribe("say/*", ipc.SubscribeOptions{})
+	if err != nil {
+		return err
+	}
+	defer sub.Close()
+	go func() {
+		for {
+			m, err := sub.Receive(context.Background())
+			if err != nil {
+				return
+			}
+			if err := w.Publish("said/"+m.Topic[4:], append([]byte("go: "), m.Body...)); err != nil {
+				return
+			}
+		}
+	}()
+	return w.Serve(context.Background())
 }
 
 func handlers() sdk.Handlers {
@@ -157,13 +182,23 @@ func handlers() sdk.Handlers {
 			if err != nil {
 				return nil, err
 			}
-			defer c.Close()
+			defer func() { _ = c.Close() }()
 			b := make([]byte, 10)
 			n, who, err := c.ReadFrom(b)
 			if err == nil {
 				_, err = c.WriteTo(b[:n], who)
 			}
 			return nil, err
+		},
+		"publish": func(_ context.Context, t *sdk.Task) ([]byte, error) {
+			return nil, t.Publish("say/"+t.Name, t.Body)
+		},
+		"flood": func(_ context.Context, t *sdk.Task) ([]byte, error) {
+			for {
+				if err := t.Publish("flood", t.Body); err != nil && !errors.Is(err, ipc.ErrFull) {
+					return nil, err
+				}
+			}
 		},
 		"count": func(context.Context, *sdk.Task) ([]byte, error) {
 			dir, err := os.ReadDir("/proc/self/fd")

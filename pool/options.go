@@ -145,6 +145,10 @@ type Options struct {
 	// which is no task's answer. 0: never.
 	Heartbeat time.Duration
 
+	// Topics is the bus that workers publish to and subscribe to, [Frames] only;
+	// pools that have one in common hear each other. nil: one of the pool's own.
+	Topics *ipc.Topics
+
 	// Breaker puts a circuit breaker around the pool; nil: none. Cache keeps
 	// results and lets tasks share them; nil: none. Neither is changed.
 	Breaker *BreakerOptions
@@ -264,6 +268,9 @@ func (o *Options) complete() error {
 	}
 	if o.MaxMessage == 0 {
 		o.MaxMessage = ipc.DefaultMaxFrame
+	}
+	if o.Topics == nil {
+		o.Topics = ipc.NewTopics()
 	}
 	return nil
 }

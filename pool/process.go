@@ -35,7 +35,7 @@ func (s *starter) spec(slot int, files []*os.File, env []string) proc.Spec {
 // channel starts a worker that has a channel.
 func (s *starter) channel(ctx context.Context, slot int) (proc.Process, ipc.Conn, error) {
 	var (
-		opts   = ipc.Options{MaxMessage: s.o.MaxMessage, Concurrency: s.o.Concurrency, HealthCheck: s.o.Heartbeat > 0}
+		opts   = ipc.Options{MaxMessage: s.o.MaxMessage, Concurrency: s.o.Concurrency, Topics: s.o.Topics, HealthCheck: s.o.Heartbeat > 0}
 		files  = []*os.File{nil, s.o.Stdout, s.o.Stderr}
 		theirs []*os.File
 		ours   []*os.File

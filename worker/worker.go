@@ -124,44 +124,149 @@ func JSON[In, Out any](f func(ctx context.Context, in In) (Out, error)) Handler 
 // Serve may be called once in a process. The descriptor and the variable are
 // not inherited by programs that handlers start.
 func Serve(ctx context.Context, h Handlers) error {
+	w, err := Open(h)
+	if err != nil {
+		return err
+	}
+	return w.Serve(ctx)
+}
+
+// Worker is a worker that does more than its tasks: it publishes and subscribes
+// also outside of them. Its methods may be called from any goroutine.
+type Worker struct{ s *server }
+
+// Open makes a Worker on the channel that the pool has left. Its Serve must be
+// called then. Like [Serve] it may be called once in a process.
+func Open(h Handlers) (*Worker, error) {
+	f, err := channel()
+	if err != nil {
+		return nil, err
+	}
+	return OpenFile(f, h)
+}
+
+// OpenFile is [Open] on a channel of the caller's, a non-blocking Unix stream
+// socket, which it takes over.
+func OpenFile(f *os.File, h Handlers) (*Worker, error) {
+	ch, err := ipc.NewChannel(f, ipc.ChannelOptions{})
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("worker: %w", err)
+	}
+	s := &server{
+		ch: ch, handlers: h, tasks: make(map[uint32]context.CancelFunc),
+		topics: ipc.NewTopics(), names: make(map[string]int), over: make(chan error, 1),
+	}
+	s.turn.init(s)
+	// First of all, whatever is published before Serve; it is sent by Serve.
+	ch.Hold()
+	if err := ch.SendHello(ipc.Hello{PID: os.Getpid(), SDK: "go " + runtime.Version()}); err != nil {
+		ch.Close()
+		return nil, fmt.Errorf("worker: %w", err)
+	}
+	return &Worker{s}, nil
+}
+
+// Serve is the function [Serve] for w. It may be called once.
+func (w *Worker) Serve(ctx context.Context) error {
+	s := w.s
+	s.base = context.WithoutCancel(ctx)
+	defer context.AfterFunc(ctx, func() { _ = s.ch.Interrupt() })() // closed: over anyway
+	s.ch.Release()
+	err := s.serve()
+	s.cancelAll(err == nil)
+	s.running.Wait()
+	s.ch.Flush(flushTimeout)
+	s.ch.Close()
+	if err != nil {
+		return fmt.Errorf("worker: %w", err)
+	}
+	return nil
+}
+
+// Publish gives body, which must not be changed any more, to all who have
+// subscribed to topic: workers of the pool, this one too, and programs that use
+// the pool. It does not wait for them, and nobody says whether there are any.
+// What is published before Serve goes out with it. A worker that publishes more
+// often than the pool allows (20 000 times a second) is killed. Errors:
+// ipc.ErrTopic, ipc.ErrTooLarge, ipc.ErrFull, ipc.ErrClosed.
+func (w *Worker) Publish(topic string, body []byte) error { return w.s.ch.Publish(topic, body) }
+
+// Publish is [Worker.Publish].
+func (t *Task) Publish(topic string, body []byte) error { return t.srv.ch.Publish(topic, body) }
+
+// Subscription is what a worker has subscribed to.
+type Subscription struct {
+	*ipc.Subscription
+	s    *server
+	name string
+	once sync.Once
+}
+
+// Subscribe subscribes to a topic, or with a "*" at the end to all whose names
+// begin with what precedes it. What comes waits within the bounds of o; what o
+// says of a slow subscriber holds for the pool's side too, where the policy of
+// the worker's latest subscription counts for all of them. The caller must Close
+// it; with the end of Serve nothing more comes. Errors: ipc.ErrTopic,
+// ipc.ErrClosed.
+func (w *Worker) Subscribe(topic string, o ipc.SubscribeOptions) (*Subscription, error) {
+	s := w.s
+	sub, err := s.topics.Subscribe(topic, o)
+	if err != nil {
+		return nil, err
+	}
+	// Under the lock, so that the frames go out in the order of the counts.
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.ch.Subscribe(topic, o.Slow); err != nil {
+		sub.Close()
+		return nil, err
+	}
+	s.names[topic]++
+	return &Subscription{Subscription: sub, s: s, name: topic}, nil
+}
+
+// Close ends the subscription.
+func (s *Subscription) Close() {
+	s.once.Do(func() {
+		s.Subscription.Close()
+		s.s.mu.Lock()
+		defer s.s.mu.Unlock()
+		if s.s.names[s.name]--; s.s.names[s.name] == 0 {
+			delete(s.s.names, s.name)
+			_ = s.s.ch.Unsubscribe(s.name) // ended: just as well
+		}
+	})
+}
+
+// channel takes the channel that the pool has left.
+func channel() (*os.File, error) {
 	v := os.Getenv(ipc.FDVar)
 	if v == "" {
-		return ErrNoChannel
+		return nil, ErrNoChannel
 	}
 	fd, err := strconv.Atoi(v)
 	if err != nil || fd < 0 {
-		return fmt.Errorf("worker: %s=%q is not a descriptor", ipc.FDVar, v)
+		return nil, fmt.Errorf("worker: %s=%q is not a descriptor", ipc.FDVar, v)
 	}
 	unix.CloseOnExec(fd)
 	if err := unix.SetNonblock(fd, true); err != nil {
-		return fmt.Errorf("worker: %s=%d: %w", ipc.FDVar, fd, err)
+		return nil, fmt.Errorf("worker: %s=%d: %w", ipc.FDVar, fd, err)
 	}
 	if err := os.Unsetenv(ipc.FDVar); err != nil {
-		return fmt.Errorf("worker: %w", err)
+		return nil, fmt.Errorf("worker: %w", err)
 	}
-	return ServeFile(ctx, os.NewFile(uintptr(fd), "worker-channel"), h)
+	return os.NewFile(uintptr(fd), "worker-channel"), nil
 }
 
 // ServeFile is [Serve] on a channel of the caller's, a non-blocking Unix stream
 // socket, which it takes over.
 func ServeFile(ctx context.Context, f *os.File, h Handlers) error {
-	ch, err := ipc.NewChannel(f, ipc.ChannelOptions{})
+	w, err := OpenFile(f, h)
 	if err != nil {
-		f.Close()
-		return fmt.Errorf("worker: %w", err)
+		return err
 	}
-	s := &server{ch: ch, handlers: h, base: context.WithoutCancel(ctx), tasks: make(map[uint32]context.CancelFunc), over: make(chan error, 1)}
-	s.turn.init(s)
-	defer context.AfterFunc(ctx, func() { _ = ch.Interrupt() })() // closed: over anyway
-	err = s.serve()
-	s.cancelAll(err == nil)
-	s.running.Wait()
-	ch.Flush(flushTimeout)
-	ch.Close()
-	if err != nil {
-		return fmt.Errorf("worker: %w", err)
-	}
-	return nil
+	return w.Serve(ctx)
 }
 
 const (
@@ -179,9 +284,12 @@ type server struct {
 	running  sync.WaitGroup
 	count    atomic.Int32
 
+	topics *ipc.Topics // of this process
+
 	mu    sync.Mutex
 	tasks map[uint32]context.CancelFunc
-	gone  bool // the parent is
+	names map[string]int // how often each topic is subscribed to
+	gone  bool           // the parent is
 
 	turn turn
 	over chan error // how the reading ended
@@ -193,10 +301,6 @@ type server struct {
 
 // serve reads until the end, which is nil where it was asked for.
 func (s *server) serve() error {
-	hello := ipc.Hello{PID: os.Getpid(), SDK: "go " + runtime.Version()}
-	if err := s.ch.SendHello(hello); err != nil {
-		return nil //nolint:nilerr // the parent is gone
-	}
 	go s.read()
 	return <-s.over
 }
@@ -274,6 +378,12 @@ func (s *server) readAll() error {
 			if err := s.ch.Send(ipc.TypePong, f.ID, append([]byte(nil), f.Payload...)); err != nil {
 				return nil //nolint:nilerr // the next Receive would say so too
 			}
+		case ipc.TypePublish:
+			topic, body, err := ipc.ParsePublish(f.Payload)
+			if err != nil {
+				return err
+			}
+			s.topics.Forward(ipc.Message{Topic: topic, Body: append([]byte(nil), body...), Dropped: uint64(f.ID)})
 		case ipc.TypePong:
 		case ipc.TypeStop:
 			if !s.stopping {

@@ -11,6 +11,7 @@ and newer. Standard library only.
 """
 
 import array
+import collections
 import fcntl
 import json
 import os
@@ -21,12 +22,13 @@ import stat
 import struct
 import threading
 import time
+import traceback
 
 __all__ = ["serve", "Task", "TaskError"]
 
 VERSION = 1
 MAX_FRAME = 64 << 20
-HELLO, TASK, RESULT, ERROR, PROGRESS, CHUNK, CANCEL, PING, PONG, STOP, HANDLES = range(1, 12)
+HELLO, TASK, RESULT, ERROR, PROGRESS, CHUNK, CANCEL, PING, PONG, STOP, HANDLES, SUBSCRIBE, UNSUBSCRIBE, PUBLISH = range(1, 15)
 MAX_FILES = 16
 _HEADER = struct.Struct("<III")  # length, type and time, id
 _KINDS = {socket.SOCK_STREAM: 2, socket.SOCK_DGRAM: 3, socket.SOCK_SEQPACKET: 4}
@@ -69,6 +71,14 @@ class Task:
         """Has files (sockets, open files or descriptors) sent with the result,
         at most 16. They are closed when it is sent or the handler has failed."""
         self._reply.extend(files)
+
+    def publish(self, topic, value):
+        """Gives a message to all who have subscribed to topic, and waits for
+        none of them."""
+        name = topic.encode()
+        if not 0 < len(name) < 256 or topic.endswith("*"):
+            raise ValueError("not a topic to publish to: %r" % topic)
+        self._channel.send(PUBLISH, 0, bytes([len(name)]) + name + _encode(value))
 
     def progress(self, value):
         """Tells whoever waits how far the task is."""
@@ -201,9 +211,41 @@ class _Channel:
         return data
 
 
+class _Ear:
+    """Calls those who have subscribed, in a thread of its own. What they are
+    too slow for is dropped, the oldest first."""
+
+    WAITING = 1024
+
+    def __init__(self, subscribers):
+        self.subscribers = subscribers
+        self.waiting = collections.deque(maxlen=self.WAITING)
+        self.event = threading.Event()
+
+    def hear(self, payload):
+        end = 1 + payload[0]
+        if end > len(payload):
+            raise ValueError("short message")
+        self.waiting.append((payload[1:end].decode(), payload[end:]))
+        self.event.set()
+
+    def run(self):
+        while True:
+            self.event.wait()
+            self.event.clear()
+            while self.waiting:
+                topic, body = self.waiting.popleft()
+                for name, call in self.subscribers.items():
+                    if name == topic or name.endswith("*") and topic.startswith(name[:-1]):
+                        try:
+                            call(topic, body)
+                        except Exception:
+                            traceback.print_exc()
+
+
 class _Worker:
-    def __init__(self, channel, handlers):
-        self.channel, self.handlers = channel, handlers
+    def __init__(self, channel, handlers, ear):
+        self.channel, self.handlers, self.ear = channel, handlers, ear
         self.todo = queue.SimpleQueue()
         self.tasks, self.lock = {}, threading.Lock()
         self.error = None
@@ -265,6 +307,8 @@ class _Worker:
             self.channel.peer_files = bool(hello.get("files"))
             self.concurrency = max(1, hello.get("concurrency") or 1)
             self.greeted.set()
+        elif type == PUBLISH:
+            self.ear.hear(payload)
         elif type == STOP:
             self.stopped = True
             return False
@@ -310,7 +354,7 @@ class _Worker:
         self.channel.send(ERROR, task._id, b, time.monotonic() - began)
 
 
-def serve(handlers):
+def serve(handlers, subscribe=None):
     """Takes tasks until the parent says stop or is gone, and returns then.
 
     handlers are functions by the names of their tasks; the one under "" gets
@@ -318,6 +362,10 @@ def serve(handlers):
     and returns its result: bytes as they are, anything else as JSON. What it
     raises is a failure of the task. With a concurrency above 1 handlers run in
     threads.
+
+    subscribe are functions by topics; a topic that ends in "*" stands for all
+    that begin with what precedes it. They are called with the topic and the
+    message (bytes), one after the other, in a thread of their own.
     """
     fd = os.environ.pop("REMUDA_FRAMES_FD", "")
     if not fd:
@@ -328,7 +376,12 @@ def serve(handlers):
     channel = _Channel(socket.socket(fileno=int(fd)))
     hello = {"remuda": VERSION, "max_frame": MAX_FRAME, "pid": os.getpid(), "files": True, "sdk": "python " + platform.python_version()}
     channel.send(HELLO, 0, _encode(hello))
-    w = _Worker(channel, handlers)
+    ear = _Ear(dict(subscribe or {}))
+    for topic in ear.subscribers:
+        channel.send(SUBSCRIBE, 0, b"\0" + topic.encode())
+    if ear.subscribers:
+        threading.Thread(target=ear.run, daemon=True).start()
+    w = _Worker(channel, handlers, ear)
     reader = threading.Thread(target=w.read, daemon=True)
     reader.start()
     w.greeted.wait()
