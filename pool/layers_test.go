@@ -4,12 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/remuda-dev/remuda/ipc"
 )
 
 // A pool whose workers die is left alone for a while, serves what it has kept
@@ -155,4 +159,84 @@ func TestLayersClose(t *testing.T) {
 		}
 		// The cache's timer is gone with it: the bubble would not end.
 	})
+}
+
+// Around a pool that goes wrong in every way each call ends once and is counted
+// once, with breaker, cache and fallback, and nothing is left.
+func TestLayersEveryTaskEndsOnce(t *testing.T) {
+	for seed := range 8 {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				rnd := rand.New(rand.NewPCG(uint64(seed), 2))
+				var fellBack, changes atomic.Int64
+				o := Options{
+					Size: 1 + rnd.IntN(4), Concurrency: 1 + rnd.IntN(3), Queue: 1 + rnd.IntN(50), Full: FullPolicy(rnd.IntN(3)),
+					Timeout: 3 * time.Second, MaxTasks: rnd.IntN(2) * 7, PoisonAfter: 20,
+					Breaker: &BreakerOptions{
+						Failures: 2 + rnd.IntN(3), Rate: float64(rnd.IntN(2)) * 0.5, OpenFor: time.Duration(1+rnd.IntN(10)) * time.Second,
+						OnChange: func(BreakerChange) { changes.Add(1) },
+					},
+					Cache: &CacheOptions{TTL: time.Duration(rnd.IntN(20)-1) * time.Second, MaxEntries: rnd.IntN(4)},
+				}
+				if rnd.IntN(2) == 0 {
+					o.Breaker.Fallback = func(_ context.Context, _ Task, err error) (Result, error) {
+						fellBack.Add(1)
+						return Result{Body: []byte("fallback")}, err
+					}
+				}
+				p, log := fakePool(t, o, true)
+				var wg sync.WaitGroup
+				var kept atomic.Int64
+				const calls = 400
+				what := []string{"ok", "ok", "ok", "ok", "fail", "die", "close", "hang", "unsendable"}
+				for range calls {
+					time.Sleep(time.Duration(rnd.IntN(300)) * time.Millisecond)
+					task := Task{Body: []byte(what[rnd.IntN(len(what))]), Priority: rnd.IntN(10), Idempotent: rnd.IntN(2) == 0}
+					if rnd.IntN(2) == 0 {
+						task.CacheKey = string(task.Body) + fmt.Sprint(rnd.IntN(2))
+					}
+					patience := time.Duration(1+rnd.IntN(60)) * time.Second
+					wg.Go(func() {
+						ctx, cancel := context.WithTimeout(context.Background(), patience)
+						defer cancel()
+						r, err := p.Do(ctx, task)
+						if r.Cached {
+							kept.Add(1)
+						}
+						if r.Cached && err != nil || err == nil && string(r.Body) != "done" {
+							t.Errorf("%s: %+v, %v", task.Body, r, err)
+						}
+						var te *TaskError
+						if err == nil || errors.As(err, &te) {
+							return
+						}
+						for _, known := range []error{ErrWorkerDied, ErrTimeout, ErrQueueFull, ErrDropped, ErrPoison, ErrNoWorkers, ErrBreakerOpen, ipc.ErrTooLarge} {
+							if errors.Is(err, known) {
+								return
+							}
+						}
+						t.Errorf("%s ended with %v", task.Body, err)
+					})
+				}
+				wg.Wait()
+				s := p.Stats()
+				if n := s.Accepted + s.Rejected + s.Poisoned + s.BreakerOpen + s.Cached; n != calls {
+					t.Errorf("%d calls, %d counted: %+v", calls, n, s)
+				}
+				if n := s.Done + s.Failed + s.TimedOut + s.Cancelled + s.Lost + s.Dropped; n != s.Accepted {
+					t.Errorf("%d accepted, %d ended: %+v", s.Accepted, n, s)
+				}
+				if s.Cached < uint64(kept.Load()) || s.Breaker.FellBack != uint64(fellBack.Load()) || s.Breaker.Opened == 0 || s.Breaker.Opened > uint64(changes.Load()) {
+					t.Errorf("%d cached, %d fell back, %d changes: %+v %+v", kept.Load(), fellBack.Load(), changes.Load(), s.Cache, s.Breaker)
+				}
+				if err := p.Close(context.Background()); err != nil {
+					t.Error("Close:", err)
+				}
+				synctest.Wait()
+				if s := p.Stats(); s.Running != 0 || s.Cache.Entries != 0 || len(p.cache.flights) != 0 || p.open != 0 || log.live != 0 {
+					t.Errorf("left: %+v, %+v, %d open, %d workers live", s, s.Cache, p.open, log.live)
+				}
+			})
+		})
+	}
 }

@@ -237,6 +237,8 @@ func (p *Pool) do(ctx context.Context, t *Task) (Result, error) {
 		return Result{}, ErrClosed
 	}
 	if err := p.broken(); err != nil {
+		p.stats.Accepted++
+		p.stats.Lost++
 		p.mu.Unlock()
 		return Result{}, err
 	}

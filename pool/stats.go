@@ -22,8 +22,9 @@ type Stats struct {
 	// yet answered.
 	Running int `json:"running"`
 
-	// Accepted is the tasks that came to the queue or to a worker. Each has not
-	// ended or is among the six that follow.
+	// Accepted is the tasks that came to the queue or to a worker, or would have
+	// if any could be started. Each has not ended or is among the six that
+	// follow.
 	Accepted  uint64 `json:"accepted"`
 	Done      uint64 `json:"done"`
 	Failed    uint64 `json:"failed"`    // a *TaskError, or could not be sent
