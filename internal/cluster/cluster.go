@@ -16,6 +16,7 @@
 // dies. Measured (BenchmarkPolicies, two workers, new connections): the busier
 // worker got 50 % of them from one client and 56 % from 16, dealt out 50 % and
 // 51 %; the median request took 1.9 ms from one client, dealt out 2.1 ms.
+// Sticky deals out by the client's address, at the same price.
 //
 // It must never start or signal a process, decide when a worker is replaced,
 // or import another package of Remuda than internal/nodeipc and
@@ -64,6 +65,12 @@ type Policy int
 const (
 	Shared     Policy = iota // the workers, as it comes
 	RoundRobin               // the primary, which deals them out in turn
+	// Sticky is the primary too: all connections of one client address go to
+	// one worker, as long as that is there. A worker that comes or goes moves
+	// the clients it gets or had, and no others; one that is replaced gets
+	// those of the worker of that number before. Connections by Unix sockets
+	// are dealt out in turn.
+	Sticky
 )
 
 // ParsePolicy reads a value of NODE_CLUSTER_SCHED_POLICY: "none", "rr", or ""
@@ -116,6 +123,7 @@ type Primary struct {
 	seq       int64
 	listeners map[string]*listener
 	workers   map[*Worker]struct{}
+	attached  int // workers so far
 }
 
 // listener is a socket of the app. Primary.mu guards it.
@@ -125,7 +133,7 @@ type listener struct {
 	typ    string
 	place  sockets.Place
 	data   json.RawMessage
-	users  map[*Worker]struct{}
+	users  map[*Worker]bool // true: it is dealt its connections
 	linger *time.Timer
 	dealer *dealer // nil where the workers accept
 }
@@ -146,6 +154,7 @@ func NewPrimary(o Options) (*Primary, error) {
 	}
 	p.bufs.New = func() any { return newBuffers() }
 	var errs []error
+	p.mu.Lock() // dealers begin at once
 	for key, f := range o.Listeners {
 		fd, err := dup(f)
 		f.Close()
@@ -158,6 +167,7 @@ func NewPrimary(o Options) (*Primary, error) {
 		}
 		p.listeners[key] = p.newListener(key, fd)
 	}
+	p.mu.Unlock()
 	p.o.Listeners = nil
 	if err := errors.Join(errs...); err != nil {
 		p.Close()
@@ -166,13 +176,39 @@ func NewPrimary(o Options) (*Primary, error) {
 	return p, nil
 }
 
-// newListener takes over fd. The caller holds p.mu or is the only one.
+// newListener takes over fd. p.mu is held.
 func (p *Primary) newListener(key string, fd int) *listener {
-	l := &listener{key: key, fd: fd, typ: handleType(fd), place: sockets.PlaceOf(fd), users: make(map[*Worker]struct{})}
-	if p.o.Policy == RoundRobin && l.typ == "net.Native" {
+	l := &listener{key: key, fd: fd, typ: handleType(fd), place: sockets.PlaceOf(fd), users: make(map[*Worker]bool)}
+	p.dealOut(l)
+	return l
+}
+
+// dealOut has l dealt out where the policy says so. p.mu is held.
+func (p *Primary) dealOut(l *listener) {
+	if p.o.Policy == Shared || l.typ != "net.Native" {
+		return
+	}
+	if l.dealer == nil {
 		l.dealer = p.deal(l)
 	}
-	return l
+	if d := l.dealer; d != nil {
+		d.sticky = p.o.Policy == Sticky && !l.place.Is()
+		d.wake.Broadcast()
+	}
+}
+
+// SetPolicy changes who accepts for the workers that begin to listen from now
+// on. Those there go on as they are.
+func (p *Primary) SetPolicy(policy Policy) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.o.Policy == policy || p.closed {
+		return
+	}
+	p.o.Policy = policy
+	for _, l := range p.listeners {
+		p.dealOut(l)
+	}
 }
 
 // Names are the names of the listeners, in no order.
@@ -323,8 +359,8 @@ func (p *Primary) query(w *Worker, seq int64, q query) {
 		l.linger = nil
 	}
 	answer.Data = l.data
-	l.users[w] = struct{}{}
-	if l.dealer != nil {
+	l.users[w] = l.dealer != nil && p.o.Policy != Shared
+	if l.users[w] {
 		answer.Sockname = nameOf(l.fd)
 		_ = w.push(answer, -1)
 		l.dealer.offer(w)

@@ -17,8 +17,11 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/remuda-dev/remuda/internal/nodeipc"
 )
@@ -205,6 +208,11 @@ func get(network, addr string) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	return ask(c)
+}
+
+// ask is one request over a connection, which it closes.
+func ask(c net.Conn) (string, error) {
 	defer c.Close()
 	_ = c.SetDeadline(time.Now().Add(patience))
 	if _, err := io.WriteString(c, "GET /x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"); err != nil {
@@ -857,6 +865,144 @@ func TestUnixSocketWhoseFileWasRemoved(t *testing.T) {
 	}
 	two := start(t, p, 2, "http.js", sock).listens()
 	serves(t, "unix", sock, two)
+}
+
+// TestSticky: a client stays with its worker; when that goes its clients go to
+// the others, and come back to the worker that replaces it.
+func TestSticky(t *testing.T) {
+	port := freePort(t)
+	p := primary(t, Options{Policy: Sticky})
+	one := start(t, p, 1, "http.js", port, "1").listens()
+	two := start(t, p, 2, "http.js", port, "1").listens()
+	const clients = 24
+	// places tells who serves each client, in several connections of each.
+	places := func() (out []string) {
+		t.Helper()
+		for n := range clients {
+			d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, byte(10+n))}, Timeout: patience}
+			var at string
+			for k := range 3 {
+				c, err := d.Dial("tcp", "127.0.0.1:"+port)
+				if err != nil {
+					t.Fatal(err)
+				}
+				pid, err := ask(c)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if k > 0 && pid != at {
+					t.Errorf("client %d went from %s to %s", n, at, pid)
+				}
+				at = pid
+			}
+			out = append(out, at)
+		}
+		return out
+	}
+	first := places()
+	if !slices.Contains(first, one.pid()) || !slices.Contains(first, two.pid()) {
+		t.Errorf("all clients are with one: %v", first)
+	}
+	if err := one.Disconnect(); err != nil {
+		t.Fatal(err)
+	}
+	for n, at := range places() {
+		if at != two.pid() {
+			t.Errorf("client %d is with %s", n, at)
+		}
+	}
+	next := start(t, p, 1, "http.js", port, "1").listens()
+	for n, at := range places() {
+		want := first[n]
+		if want == one.pid() {
+			want = next.pid()
+		}
+		if at != want {
+			t.Errorf("client %d is with %s, was with %s", n, at, first[n])
+		}
+	}
+	// One more takes some, and from everybody.
+	three := start(t, p, 3, "http.js", port, "1").listens()
+	moved := 0
+	for n, at := range places() {
+		if at == three.pid() {
+			moved++
+		} else if was := first[n]; was == two.pid() && at != was || was == one.pid() && at != next.pid() {
+			t.Errorf("client %d is with %s, was with %s", n, at, was)
+		}
+	}
+	if moved == 0 || moved > clients*3/4 {
+		t.Errorf("%d of %d clients moved", moved, clients)
+	}
+	// One that takes nothing is passed over in the end.
+	_ = next.cmd.Process.Signal(syscall.SIGSTOP)
+	defer func() { _ = next.cmd.Process.Signal(syscall.SIGCONT) }()
+	victim := -1
+	for n := range clients {
+		if first[n] == one.pid() {
+			victim = n
+		}
+	}
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, byte(10+victim))}, Timeout: patience}
+	answered := make(chan string, 2*stickyAhead)
+	for range 2 * stickyAhead {
+		c, err := d.Dial("tcp", "127.0.0.1:"+port)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		go func() {
+			if pid, err := ask(c); err == nil {
+				answered <- pid
+			}
+		}()
+	}
+	if pid := await(t, "answer by another", answered); pid == next.pid() {
+		t.Errorf("answer of the stopped one")
+	}
+}
+
+// TestPolicyChanges: workers of before go on as they are, new ones are under
+// the new policy.
+func TestPolicyChanges(t *testing.T) {
+	port := freePort(t)
+	p := primary(t, Options{})
+	one := start(t, p, 1, "http.js", port).listens()
+	for _, policy := range []Policy{Sticky, RoundRobin, Shared, RoundRobin, Sticky} {
+		p.SetPolicy(policy)
+		p.SetPolicy(policy)
+		two := start(t, p, 2, "http.js", port).listens()
+		one.kept.Close()
+		if err := one.Disconnect(); err != nil {
+			t.Fatal(err)
+		}
+		await(t, "end of the worker", one.exited)
+		serves(t, "tcp", "127.0.0.1:"+port, two)
+		one = two
+	}
+}
+
+func TestScoresAreEven(t *testing.T) {
+	const clients, workers = 10_000, 8
+	var counts [workers]int
+	for n := range clients {
+		from := hashOf(&unix.SockaddrInet4{Addr: [4]byte{10, 1, byte(n >> 8), byte(n)}})
+		if six := hashOf(&unix.SockaddrInet6{Addr: [16]byte{10: 0xff, 11: 0xff, 12: 10, 13: 1, 14: byte(n >> 8), 15: byte(n)}}); six != from {
+			t.Fatalf("%x by IPv6, %x by IPv4", six, from)
+		}
+		best := 0
+		for w := range workers {
+			if score(from, w) > score(from, best) {
+				best = w
+			}
+		}
+		counts[best]++
+	}
+	for w, n := range counts {
+		if n < clients/workers*8/10 || n > clients/workers*12/10 {
+			t.Errorf("worker %d has %d of %d clients", w, n, clients)
+		}
+	}
 }
 
 func TestParsePolicy(t *testing.T) {

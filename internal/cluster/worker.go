@@ -55,6 +55,8 @@ type Worker struct {
 	first     bool // the next line may be the rest of one; its goroutine's own
 
 	// Primary.mu guards these.
+	number  int // of messages to people, and by which sticky clients find it
+	age     int // grows from worker to worker
 	resumed bool
 	leaving bool // disconnects, of its own will or by Disconnect
 	dealt   map[int64]conn
@@ -123,11 +125,13 @@ func (p *Primary) Attach(worker int, f *os.File, h Handlers, resumed bool) (*Wor
 		return nil, fmt.Errorf("attach worker %d: %w", worker, nodeipc.ErrClosed)
 	}
 	p.workers[w] = struct{}{}
+	p.attached++
+	w.number, w.age = worker, p.attached
 	if resumed {
 		w.heard = true
 		close(w.listening)
 		for _, l := range p.listeners {
-			l.users[w] = struct{}{}
+			l.users[w] = l.dealer != nil
 			if l.dealer != nil {
 				l.dealer.offer(w)
 			}

@@ -87,17 +87,21 @@ func (c *clusters) settle(apps map[string]*app) {
 func (c *clusters) of(spec config.App, cred *proc.Credential) (*cluster.Primary, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	policy, err := cluster.ParsePolicy(spec.Env["NODE_CLUSTER_SCHED_POLICY"])
+	if err != nil {
+		return nil, err
+	}
+	if spec.Sticky {
+		policy = cluster.Sticky
+	}
 	if p := c.m[spec.Name]; p != nil {
+		p.SetPolicy(policy)
 		return p, nil
 	}
 	prefix := keptPrefix(spec.Name)
-	o := cluster.Options{Store: keeperStore{c.d, prefix}, Listeners: c.kept[prefix], OnError: func(err error) {
+	o := cluster.Options{Policy: policy, Store: keeperStore{c.d, prefix}, Listeners: c.kept[prefix], OnError: func(err error) {
 		c.d.log.Warn("cluster", "app", spec.Name, "error", err)
 	}}
-	var err error
-	if o.Policy, err = cluster.ParsePolicy(spec.Env["NODE_CLUSTER_SCHED_POLICY"]); err != nil {
-		return nil, err
-	}
 	if cred != nil {
 		o.Owner = &sockets.Owner{UID: int(cred.UID), GID: int(cred.GID)}
 	} else if o.Preload, err = cluster.WritePreload(c.d.home); err != nil { // another user could not read it

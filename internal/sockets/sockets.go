@@ -235,6 +235,9 @@ func identity(path string) (dev, ino uint64) {
 	return st.Dev, st.Ino
 }
 
+// Is reports whether it is a place at all.
+func (p Place) Is() bool { return p.path != "" }
+
 // Lost says that the path leads elsewhere now: somebody removed the file.
 func (p Place) Lost() bool {
 	if p.path == "" {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -364,4 +365,59 @@ func udpEcho(s *site, script string) {
 	}
 	s.restarted("udp", 0, pids[0])
 	echo()
+}
+
+// TestSticky: with sticky: true a client address is served by one instance, and
+// by the same after a reload.
+func TestSticky(t *testing.T) {
+	s := newSite(t)
+	script, err := filepath.Abs(filepath.Join("testdata", "http.js"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := s.freePort()
+	s.up(fmt.Sprintf("apps:\n  web: {run: node %s, exec_mode: cluster, sticky: true, instances: 2, env: {PORT: %s}}\n", script, port))
+	const clients = 16
+	// homes are the instances that serve each client.
+	homes := func() (out []int) {
+		s.Helper()
+		index := map[string]int{}
+		for n, pid := range s.pids("web") {
+			index[pid] = n
+		}
+		l := load.Start(load.Options{Addr: "127.0.0.1:" + port, Kept: clients / 2, Fresh: clients / 2, From: func(client int) net.Addr {
+			return &net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(1+client))}
+		}})
+		if err := l.Wait(10*clients, patience); err != nil {
+			t.Error(err)
+		}
+		f := l.Stop()
+		if len(f.Failures) > 0 {
+			t.Error(f.String())
+		}
+		for n, places := range f.Places {
+			if len(places) != 1 {
+				t.Errorf("client %d was served by %v", n, places)
+			}
+			for pid := range places {
+				out = append(out, index[pid])
+			}
+		}
+		return out
+	}
+	first := homes()
+	if !slices.Contains(first, 0) || !slices.Contains(first, 1) {
+		t.Errorf("one instance has all clients: %v", first)
+	}
+	s.must("reload", "web")
+	if now := homes(); !slices.Equal(now, first) {
+		t.Errorf("after a reload clients are at %v, before at %v", now, first)
+	}
+	s.crash()
+	if now := homes(); !slices.Equal(now, first) {
+		t.Errorf("with another controller clients are at %v, before at %v", now, first)
+	}
+	if out := s.must("describe", "web"); !strings.Contains(out, "cluster, sticky") {
+		t.Errorf("describe: %s", out)
+	}
 }
