@@ -229,9 +229,7 @@ func (b *breaker) sort(err error) verdict {
 		return nothing
 	case b.o.IsFailure(err):
 		return bad
-	}
-	var te *TaskError
-	if errors.As(err, &te) {
+	case isTaskError(err):
 		return good
 	}
 	return nothing

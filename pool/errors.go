@@ -34,6 +34,13 @@ var (
 // TaskError is a failure that the worker itself reported.
 type TaskError = ipc.TaskError
 
+// isTaskError reports whether the worker itself reported err. It is a function
+// of its own so that what succeeds pays for no pointer.
+func isTaskError(err error) bool {
+	var e *TaskError
+	return errors.As(err, &e)
+}
+
 // WorkerError is how a worker ended, for the tasks that it had. It is
 // ErrWorkerDied or ErrNoWorkers.
 type WorkerError struct {

@@ -32,6 +32,27 @@ func Example() {
 	// true no such file
 }
 
+// An elastic pool with a bounded queue, where urgent tasks push out others and
+// none waits for ever.
+func ExampleNew() {
+	ctx := context.Background()
+	p, err := pool.New(pool.Options{
+		Command: []string{"cat"}, Protocol: pool.JSONLines,
+		Min: 1, Max: 4, Spares: 1,
+		Queue: 100, Full: pool.DropLowest, Ageing: 10 * time.Second,
+		Timeout: time.Minute, MaxTasks: 10_000,
+	})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer func() { _ = p.Close(ctx) }()
+
+	r, err := p.Do(ctx, pool.Task{Body: []byte(`"urgent"`), Priority: pool.MaxPriority, Idempotent: true})
+	fmt.Println(string(r.Body), err)
+	// Output: "urgent" <nil>
+}
+
 // A process for each task; one that does not end in time is killed alone.
 func ExamplePool_Do_timeout() {
 	ctx := context.Background()

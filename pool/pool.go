@@ -522,8 +522,7 @@ func (p *Pool) settle(c *call, body []byte, err error) (next *call) {
 	p.unlink(c)
 	p.unlist(w)
 	p.unload(w)
-	var te *TaskError
-	if !w.answered && (err == nil || errors.As(err, &te)) {
+	if !w.answered && (err == nil || isTaskError(err)) {
 		w.answered = true
 		close(w.proven)
 	}

@@ -91,11 +91,10 @@ type counters struct {
 
 // count books the end of a call.
 func (s *counters) count(err error) {
-	var te *TaskError
 	switch {
 	case err == nil:
 		s.Done++
-	case errors.As(err, &te):
+	case isTaskError(err):
 		s.Failed++
 	case errors.Is(err, ErrDropped):
 		s.Dropped++
