@@ -4,13 +4,18 @@
 //
 //   const { serve } = require('./remuda-worker.cjs')
 //   serve({ thumbnail: async (task) => { …; return { width, height } } })
+//
+// serve is enough for most workers; open is for those that publish and subscribe
+// outside of tasks too.
 
 const net = require('node:net')
 
 const VERSION = 1
 const HEADER = 12
 const MAX_FRAME = 64 << 20
-const T = { HELLO: 1, TASK: 2, RESULT: 3, ERROR: 4, PROGRESS: 5, CHUNK: 6, CANCEL: 7, PING: 8, PONG: 9, STOP: 10 }
+const T = { HELLO: 1, TASK: 2, RESULT: 3, ERROR: 4, PROGRESS: 5, CHUNK: 6, CANCEL: 7, PING: 8, PONG: 9, STOP: 10, SUBSCRIBE: 12, UNSUBSCRIBE: 13, PUBLISH: 14 }
+const MAX_TOOK = 0xffffff // microseconds in a header
+const SLOW = { 'drop-oldest': 0, 'drop-newest': 1, disconnect: 2 }
 
 /** A failure with a code for programs. */
 class TaskError extends Error {
@@ -63,9 +68,42 @@ class Task {
   chunk (value) {
     this.#server.send(T.CHUNK, this.#id, encode(value))
   }
+
+  /** Gives a message to all who have subscribed to topic; waits for none. */
+  publish (topic, value) {
+    this.#server.publish(topic, value)
+  }
+}
+
+/** Something that was published. */
+class Message {
+  constructor (topic, body, missed) {
+    this.topic = topic
+    /** The message as bytes. */
+    this.body = body
+    /** How many were dropped since the one before, as this worker was slow. */
+    this.missed = missed
+  }
+
+  /** The message as JSON; null where it is empty. */
+  get data () {
+    return this.body.length === 0 ? null : JSON.parse(this.body.toString())
+  }
+}
+
+function topicBytes (topic, pattern) {
+  const b = Buffer.from(String(topic))
+  if (b.length === 0 || b.length > 255 || (!pattern && b[b.length - 1] === 0x2a)) {
+    throw new TypeError(`${JSON.stringify(topic)} is no topic${pattern ? '' : ' to publish to'}`)
+  }
+  return b
 }
 
 const EMPTY = Buffer.alloc(0)
+
+function report (err) {
+  console.error('remuda: a subscriber failed:', err)
+}
 
 // Bytes stay as they are, everything else becomes JSON.
 function encode (value) {
@@ -81,6 +119,7 @@ class Server {
     this.handlers = handlers
     this.done = done
     this.tasks = new Map()
+    this.subscribers = new Map() // by topic, sets of functions
     this.chunks = []
     this.size = 0
     this.greeted = false
@@ -97,12 +136,19 @@ class Server {
     })
     socket.on('error', () => this.end())
     socket.on('close', () => this.end())
+    // The pool has asked for the end before, and now does so for the last time.
+    this.term = () => {
+      this.stopping = true
+      for (const t of this.tasks.values()) t._cancel()
+      this.idle()
+    }
+    process.on('SIGTERM', this.term)
     const hello = { remuda: VERSION, max_frame: MAX_FRAME, pid: process.pid, sdk: 'node ' + process.versions.node }
     this.send(T.HELLO, 0, encode(hello))
   }
 
   // Answers of one turn of the event loop go out in one system call.
-  send (type, id, payload) {
+  send (type, id, payload, took = 0) {
     if (this.socket.destroyed) return
     if (payload.length > this.peerMax) {
       throw new TaskError(`${payload.length} bytes are more than the ${this.peerMax} that the parent takes`, 'too_large')
@@ -110,7 +156,7 @@ class Server {
     const small = payload.length < 4096
     const b = Buffer.allocUnsafe(HEADER + (small ? payload.length : 0))
     b.writeUInt32LE(payload.length, 0)
-    b.writeUInt32LE(type, 4)
+    b.writeUInt32LE((type | took << 8) >>> 0, 4)
     b.writeUInt32LE(id, 8)
     if (!this.corked) {
       this.corked = true
@@ -174,6 +220,7 @@ class Server {
         const n = b.readUInt16LE(4)
         if (6 + n > b.length) throw new Error('short task')
         const task = new Task(this, id, b.toString('utf8', 6, 6 + n), b.subarray(6 + n))
+        task._began = performance.now()
         this.tasks.set(id, task)
         this.run(id, task)
         return
@@ -185,6 +232,9 @@ class Server {
         this.send(T.PONG, id, Buffer.from(b))
         return
       case T.PONG:
+        return
+      case T.PUBLISH:
+        this.published(id, b)
         return
       case T.STOP:
         this.stopping = true
@@ -214,7 +264,7 @@ class Server {
 
   answer (id, value) {
     try {
-      this.send(T.RESULT, id, encode(value))
+      this.send(T.RESULT, id, encode(value), this.took(id))
     } catch (err) { // not JSON, or too large
       this.fail(id, err)
       return
@@ -235,9 +285,53 @@ class Server {
       b = encode({ message: e.message })
     }
     if (b.length > this.peerMax) b = encode({ message: 'the error is too large to be sent' })
-    this.send(T.ERROR, id, b)
+    this.send(T.ERROR, id, b, this.took(id))
     this.tasks.delete(id)
     this.idle()
+  }
+
+  // Microseconds since the handler was called; 0 would say nothing.
+  took (id) {
+    const us = Math.round((performance.now() - this.tasks.get(id)._began) * 1000)
+    return Math.min(Math.max(us, 1), MAX_TOOK)
+  }
+
+  publish (topic, value) {
+    const t = topicBytes(topic, false)
+    const body = encode(value)
+    this.send(T.PUBLISH, 0, Buffer.concat([Buffer.of(t.length), t, body]))
+  }
+
+  subscribe (topic, call, slow = 'drop-oldest') {
+    if (typeof call !== 'function') throw new TypeError('a subscriber must be a function')
+    if (!(slow in SLOW)) throw new TypeError(`${JSON.stringify(slow)} is none of ${Object.keys(SLOW).join(', ')}`)
+    const t = topicBytes(topic, true)
+    this.send(T.SUBSCRIBE, 0, Buffer.concat([Buffer.of(SLOW[slow]), t]))
+    const entry = { call } // so that one function may be there twice
+    const calls = this.subscribers.get(topic) ?? new Set()
+    this.subscribers.set(topic, calls.add(entry))
+    return () => {
+      if (!calls.delete(entry) || calls.size > 0 || this.subscribers.get(topic) !== calls) return
+      this.subscribers.delete(topic)
+      this.send(T.UNSUBSCRIBE, 0, t)
+    }
+  }
+
+  published (missed, b) {
+    const end = 1 + b[0]
+    if (b.length === 0 || end > b.length) throw new Error('short message')
+    const m = new Message(b.toString('utf8', 1, end), b.subarray(end), missed)
+    for (const [topic, calls] of this.subscribers) {
+      if (topic !== m.topic && !(topic.endsWith('*') && m.topic.startsWith(topic.slice(0, -1)))) continue
+      for (const { call } of [...calls]) {
+        // A subscriber that fails must not take the tasks along.
+        try {
+          call(m)?.then?.(undefined, report)
+        } catch (err) {
+          report(err)
+        }
+      }
+    }
   }
 
   idle () {
@@ -247,31 +341,69 @@ class Server {
   end (err) {
     if (this.ended) return
     this.ended = true
+    process.removeListener('SIGTERM', this.term)
     for (const t of this.tasks.values()) t._cancel()
     this.socket.destroy()
     this.done(err)
   }
 }
 
-/**
- * Takes tasks until the parent says stop or is gone. handlers are functions by
- * the names of their tasks; the one under '' gets all others. A handler gets a
- * Task and returns its result or a promise of it: bytes as they are, anything
- * else as JSON. What it throws is a failure of the task. The promise that serve
- * returns is resolved at the end, rejected where the parent broke the protocol.
- */
-function serve (handlers) {
-  const fd = process.env.REMUDA_FRAMES_FD
-  if (!fd) {
-    return Promise.reject(new Error('REMUDA_FRAMES_FD is not set: this program is a worker and is to be started by a pool'))
+/** A worker on the channel that the pool has left. */
+class Worker {
+  #server
+  constructor (handlers) {
+    const fd = process.env.REMUDA_FRAMES_FD
+    if (!fd) {
+      throw new Error('REMUDA_FRAMES_FD is not set: this program is a worker and is to be started by a pool')
+    }
+    delete process.env.REMUDA_FRAMES_FD
+    if (typeof handlers === 'function') handlers = { '': handlers }
+    /** Resolved at the end, rejected where the parent broke the protocol. */
+    this.closed = new Promise((resolve, reject) => {
+      const socket = new net.Socket({ fd: Number(fd), readable: true, writable: true })
+      this.#server = new Server(socket, handlers, (err) => err ? reject(err) : resolve())
+    })
   }
-  delete process.env.REMUDA_FRAMES_FD
-  if (typeof handlers === 'function') handlers = { '': handlers }
-  return new Promise((resolve, reject) => {
-    const socket = new net.Socket({ fd: Number(fd), readable: true, writable: true })
-    // eslint-disable-next-line no-new
-    new Server(socket, handlers, (err) => err ? reject(err) : resolve())
-  })
+
+  /**
+   * Gives a message, bytes or anything that can be JSON, to all who have
+   * subscribed to topic: workers of the pool and programs that use it. It waits
+   * for none of them.
+   */
+  publish (topic, value) {
+    this.#server.publish(topic, value)
+  }
+
+  /**
+   * Calls call with each Message under topic; a topic that ends in "*" stands
+   * for all that begin with what precedes it. slow says what becomes of messages
+   * that this worker does not read in time: "drop-oldest", "drop-newest", or
+   * "disconnect", which is its end. The function that is returned ends it.
+   */
+  subscribe (topic, call, { slow } = {}) {
+    return this.#server.subscribe(topic, call, slow)
+  }
 }
 
-module.exports = { serve, Task, TaskError }
+/**
+ * Makes a Worker, once in a process, which takes tasks from then on. handlers
+ * are functions by the names of their tasks; the one under '' gets all others. A
+ * handler gets a Task and returns its result or a promise of it: bytes as they
+ * are, anything else as JSON. What it throws is a failure of the task.
+ */
+function open (handlers) {
+  return new Worker(handlers)
+}
+
+/**
+ * Takes tasks until the parent says stop or is gone: open with subscribers by
+ * their topics, and the promise of the end. After a stop it answers what it has
+ * begun first; SIGTERM aborts that by the tasks' signals.
+ */
+async function serve (handlers, { subscribe = {} } = {}) {
+  const worker = open(handlers)
+  for (const [topic, call] of Object.entries(subscribe)) worker.subscribe(topic, call)
+  await worker.closed
+}
+
+module.exports = { serve, open, Worker, Task, Message, TaskError }

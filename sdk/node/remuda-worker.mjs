@@ -5,5 +5,4 @@
 //   await serve({ thumbnail: async (task) => { …; return { width, height } } })
 import cjs from './remuda-worker.cjs'
 
-export const { serve, Task, TaskError } = cjs
-export default cjs
+export const { serve, open, Worker, Task, Message, TaskError } = cjs
