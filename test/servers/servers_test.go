@@ -421,3 +421,54 @@ func TestSticky(t *testing.T) {
 		t.Errorf("describe: %s", out)
 	}
 }
+
+// TestNobodyNotices: whatever is done to an app in cluster mode and to the
+// daemon beside a kill of its instances, no request fails.
+func TestNobodyNotices(t *testing.T) {
+	s := newSite(t)
+	script, err := filepath.Abs(filepath.Join("testdata", "http.js"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := s.freePort()
+	s.up(fmt.Sprintf("apps:\n  web: {run: node %s, exec_mode: cluster, instances: 2, env: {PORT: %s}}\n", script, port))
+	l := load.Start(load.Options{Addr: "127.0.0.1:" + port, Kept: 10, Fresh: 10})
+	s.bothServe("web", l)
+	for _, step := range []struct {
+		name string
+		do   func()
+	}{
+		{"kill -9 of the controller", s.crash},
+		{"scale up", func() { s.must("scale", "web", "4") }},
+		{"scale down", func() { s.must("scale", "web", "1") }},
+		{"kill -9 of the controller of one instance", s.crash},
+		{"restart of the only instance", func() { s.must("restart", "web") }},
+		{"reload of the only instance", func() { s.must("reload", "web") }},
+		{"scale to two", func() { s.must("scale", "web", "2") }},
+		{"upgrade", func() { s.must("upgrade") }},
+		{"reload with another controller", func() { s.must("reload", "web") }},
+		{"kill -9 of the controller within a reload", func() {
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				s.h.Run(s.ctx, "reload", "web") // may be cut off
+			}()
+			s.crash()
+			<-done
+		}},
+		{"restart of all", func() { s.must("restart", "web") }},
+	} {
+		before := len(l.Figures().Failures)
+		step.do()
+		if err := l.Wait(60, patience); err != nil {
+			t.Fatalf("%s: %v", step.name, err)
+		}
+		f := l.Figures()
+		for _, x := range f.Failures[before:] {
+			t.Errorf("%s: %v", step.name, x.Err)
+		}
+	}
+	s.bothServe("web", l)
+	f := l.Stop()
+	t.Log(f.String())
+}

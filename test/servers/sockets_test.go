@@ -90,6 +90,8 @@ func TestSocketsForAnyLanguage(t *testing.T) {
 			// The controller may go at any time.
 			s.crash()
 			s.bothServe(c.name, l)
+			s.must("upgrade")
+			s.bothServe(c.name, l)
 			// All at once: who comes meanwhile waits for the next ones.
 			s.must("restart", c.name)
 			s.bothServe(c.name, l)
