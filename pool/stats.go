@@ -138,7 +138,7 @@ func (p *Pool) Stats() Stats {
 	st.Recent = u.recent(p.o.Concurrency)
 	set := setting{
 		size: st.Size, least: st.Min, most: st.Max, spares: p.o.Spares, concurrency: p.o.Concurrency,
-		processors: runtime.GOMAXPROCS(0), protocol: p.o.Protocol, under: p.running > 0 || p.waiting > 0,
+		processors: runtime.GOMAXPROCS(0), protocol: p.o.Protocol, under: p.running > 0 || p.waiting > 0, keyed: p.keyed > 0,
 	}
 	if err := p.broken(); err != nil {
 		set.broken = err.Error()

@@ -40,7 +40,8 @@ func (b Bottleneck) String() string {
 //	idle               no task ended, ran or waited
 //	startup_bound      missing ≥ 25 %, waiting ≥ 25 %
 //	ipc_bound          overhead ≥ 50 %, handling ≤ 50 %, utilization ≥ 50 %
-//	workers_saturated  utilization ≥ 80 %, waiting ≥ 50 %
+//	workers_saturated  utilization ≥ 80 %, waiting ≥ 50 %; or waiting ≥ 50 % and
+//	                   tasks wait for the workers of their keys just now
 //	queue_starved      utilization < 50 %, waiting < 10 %
 //	balanced           always
 type Verdict struct {
@@ -87,6 +88,7 @@ type setting struct {
 	processors        int
 	protocol          Protocol
 	under             bool   // tasks run or wait
+	keyed             bool   // tasks wait for the workers of their keys
 	broken            string // why no worker can be started; "": one can
 }
 
@@ -117,6 +119,10 @@ func judge(r Recent, s setting) Verdict {
 		say(WorkersSaturated, "%s of the places of %s were taken; tasks waited %s for %s of work",
 			percent(r.Utilization), workers(s.size), round(r.Wait.Mean()), round(r.Run.Mean()))
 		v.Advice = s.moreWorkers()
+	case s.keyed && r.Waiting >= 0.5:
+		say(WorkersSaturated, "tasks waited %s of the time, for the workers of their keys, while %s of the places of %s were free",
+			percent(r.Waiting), percent(1-r.Utilization), workers(s.size))
+		v.Advice = "spread Task.Key over more values, or leave it empty where any worker will do"
 	case r.Utilization < 0.5 && r.Waiting < 0.1:
 		say(QueueStarved, "%s of the places of %s were free, and tasks waited %s of the time",
 			percent(1-r.Utilization), workers(s.size), percent(r.Waiting))

@@ -61,7 +61,9 @@ func TestVerdictRules(t *testing.T) {
 		{"starved, elastic", Recent{Utilization: 0.1, Run: run}, with(func(s *setting) { s.size, s.least, s.most = 4, 4, 8 }), QueueStarved, "", "lower Min from 4 to 1"},
 		{"starved, shrinks", Recent{Utilization: 0.1, Run: run}, with(func(s *setting) { s.size, s.least, s.most = 4, 1, 8 }), QueueStarved, "", "more goroutines"},
 		{"half used", Recent{Utilization: 0.5, Run: run}, fixed, Balanced, "", ""},
-		{"sticky", Recent{Utilization: 0.3, Waiting: 0.1, Run: run}, fixed, Balanced, "", ""},
+		{"some wait", Recent{Utilization: 0.3, Waiting: 0.1, Run: run}, fixed, Balanced, "", ""},
+		{"sticky", Recent{Utilization: 0.5, Waiting: 0.5, Run: run}, with(func(s *setting) { s.keyed = true }), WorkersSaturated, "of their keys, while 50 % of the places", "spread Task.Key"},
+		{"hardly sticky", Recent{Utilization: 0.5, Waiting: 0.49, Run: run}, with(func(s *setting) { s.keyed = true }), Balanced, "", ""},
 	} {
 		v := judge(c.r, c.s)
 		if v.Bottleneck != c.want || !strings.HasPrefix(v.Reason, c.want.String()+": ") {
@@ -110,6 +112,15 @@ func TestVerdictOfRealPools(t *testing.T) {
 		t.Parallel()
 		s := bring(t, newPool(t, Options{Size: 1}), WorkersSaturated, 4, Task{Name: "spin", Body: []byte("5ms")})
 		if s.Recent.Utilization < 0.8 || s.Wait.P50 < 5*time.Millisecond || s.Run.P50 < 5*time.Millisecond || s.IPC.Count == 0 {
+			t.Errorf("%+v", s)
+		}
+	})
+	t.Run("keys", func(t *testing.T) {
+		t.Parallel()
+		p := newPool(t, Options{Size: 2, Balance: ConsistentHash})
+		// Fewer callers than make the load of one worker too uneven.
+		s := bring(t, p, WorkersSaturated, 2, Task{Name: "spin", Body: []byte("2ms"), Key: "all the same"})
+		if s.Recent.Utilization > 0.8 || !strings.Contains(s.Verdict.Advice, "Task.Key") {
 			t.Errorf("%+v", s)
 		}
 	})
