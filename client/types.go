@@ -102,6 +102,9 @@ type ActRequest struct {
 	Targets []Target          `json:"targets"`
 	Env     map[string]string `json:"env,omitempty"`    // start, restart, reload with --update-env
 	Signal  string            `json:"signal,omitempty"` // not for reset, flush, reopen: overrides the stop signal
+	// MaxSurge goes over the apps' own for this reload: "2", "25%"; "0" stops
+	// each old instance first.
+	MaxSurge string `json:"max_surge,omitempty"`
 }
 
 // SignalRequest sends a signal to the processes of targets.

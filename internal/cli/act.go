@@ -290,7 +290,12 @@ and its apps are brought to what it says.`,
 func (c *cli) reloadCommand() *cobra.Command {
 	return c.restarting(client.VerbReload, "reload TARGET…", "Replace running instances one after another",
 		`Start a new instance beside each old one, wait until it is ready, and stop the
-old one: an app that can share its port drops no request.`,
+old one: an app in cluster mode drops no request. An instance that does not
+become ready is ended again while the old one goes on; that is told with its
+last lines of stderr, and the exit code is 1.
+
+Where two of an instance cannot run side by side, because they would open the
+same port, the old one is stopped first.`,
 		`  remuda reload web
   remuda reload all --update-env`)
 }
@@ -300,6 +305,10 @@ func (c *cli) restarting(verb client.Verb, use, short, long, example string) *co
 	f := cmd.Flags()
 	update := f.Bool("update-env", false, "give the apps the variables of this shell")
 	env := f.String("env", "", "use the env_`NAME` part of a process file")
+	var surge string
+	if verb == client.VerbReload {
+		f.StringVar(&surge, "max-surge", "", "how many instances to replace at a time, a `number` or a percentage; 0 stops the old one first")
+	}
 	cmd.RunE = c.run(needDaemon, func(ctx context.Context, args []string) error {
 		var targets []string
 		for _, a := range args {
@@ -314,7 +323,7 @@ func (c *cli) restarting(verb client.Verb, use, short, long, example string) *co
 		if len(targets) == 0 {
 			return nil
 		}
-		req := client.ActRequest{Verb: verb, Targets: targets}
+		req := client.ActRequest{Verb: verb, Targets: targets, MaxSurge: surge}
 		if *update {
 			req.Env = c.environment()
 		}

@@ -115,6 +115,7 @@ func description(d *client.Detail, p paint, now time.Time) string {
 		pair{"mode", modeWords(d)},
 		pair{"sockets", socketWords(spec.Sockets)},
 		pair{"instances", strconv.Itoa(spec.Instances)},
+		pair{"max surge", label(spec.MaxSurge)},
 		pair{"variables", plural(len(spec.Env), "variable") + " (`remuda env " + strconv.Itoa(d.ID) + "`)"},
 		pair{"from", label(spec.Source)},
 		pair{"depends on", strings.Join(needs, ", ")},

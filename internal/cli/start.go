@@ -120,6 +120,7 @@ with its last lines of stderr, and the exit code is 1.`,
 	str(&app.UID, "uid", "", "run as this `user`")
 	str(&app.GID, "gid", "", "run as this `group`")
 	str(&app.InstanceVar, "instance-var", "", "the `variable` that tells an instance its number (default: NODE_APP_INSTANCE)")
+	str(&app.MaxSurge, "max-surge", "", "how many instances a reload replaces at a time, a `number` or a percentage; 0 stops the old one first")
 	str(&app.IncrementVar, "increment-var", "", "a `variable` of the environment that grows by one from instance to instance")
 	f.StringArrayVar(&app.FilterEnv, "filter-env", nil, "leave out variables whose names begin with `text`")
 	f.BoolVar(&app.NoTreekill, "no-treekill", false, "stop only the program, not what it has started")

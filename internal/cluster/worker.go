@@ -148,6 +148,20 @@ func (p *Primary) Attach(worker int, f *os.File, h Handlers, resumed bool) (*Wor
 // Listening is closed when the worker listens for the first time.
 func (w *Worker) Listening() <-chan struct{} { return w.listening }
 
+// Siblings says whether another worker of the app has a listener.
+func (w *Worker) Siblings() bool {
+	w.p.mu.Lock()
+	defer w.p.mu.Unlock()
+	for _, l := range w.p.listeners {
+		for u := range l.users {
+			if u != w {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // Done is closed when the channel is. After Disconnect that means that the
 // worker has closed its servers and ended the last of its connections; a
 // program that something else keeps alive (a timer, a database) may then be

@@ -50,9 +50,14 @@ type App struct {
 	Sticky bool `json:"sticky,omitempty"`
 	// Sockets are opened for the app and handed to each of its processes.
 	Sockets []Socket `json:"sockets,omitempty"`
-	User    string   `json:"user,omitempty"`
-	Group   string   `json:"group,omitempty"`
-	Umask   string   `json:"umask,omitempty"` // octal, "" = inherited
+	// MaxSurge is how many instances a reload replaces at a time, each by a new
+	// one that must be ready before the old one is stopped: a number, or a
+	// percentage of Instances (see [ResolveSurge]). "0": the old one is stopped
+	// first. "": 1 where two runs of an instance can serve side by side, else 0.
+	MaxSurge string `json:"max_surge,omitempty"`
+	User     string `json:"user,omitempty"`
+	Group    string `json:"group,omitempty"`
+	Umask    string `json:"umask,omitempty"` // octal, "" = inherited
 
 	Autostart bool `json:"autostart"` // false: added as stopped
 
@@ -104,7 +109,10 @@ type Probe struct {
 	Command  []string `json:"command,omitempty"`  // exec: ready when it exits 0
 	Pattern  string   `json:"pattern,omitempty"`  // log: RE2, matched against each line
 	Interval Duration `json:"interval,omitempty"` // tcp, http, exec; default 100ms
-	Timeout  Duration `json:"timeout,omitempty"`  // of the whole wait; default 3s from PM2 files, else 60s
+	// Timeout of the whole wait; default 3s from PM2 files, else 60s. With
+	// "none" it is how long the new worker of a reload may take to listen; 0 is
+	// 30s.
+	Timeout Duration `json:"timeout,omitempty"`
 	// OnTimeout: "fail" ends the run and counts it as failed; "online" takes
 	// it as ready (PM2's meaning of listen_timeout).
 	OnTimeout string `json:"on_timeout,omitempty"`

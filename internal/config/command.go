@@ -177,7 +177,8 @@ type CommandLine struct {
 	MaxMemoryRestart, RestartDelay, ExpBackoffRestartDelay,
 	MaxRestarts, MinUptime, KillTimeout, ListenTimeout,
 	CronRestart, WatchDelay, UID, GID, Signal,
-	InstanceVar, IncrementVar string
+	InstanceVar, IncrementVar,
+	MaxSurge string // "1", "25%"
 	Watch         []string // --watch: nil not given, empty = Cwd
 	IgnoreWatch   []string
 	FilterEnv     []string
@@ -209,7 +210,7 @@ func FromCommand(c CommandLine) (App, []Warning, error) {
 		{"max_memory_restart", c.MaxMemoryRestart}, {"restart_delay", c.RestartDelay}, {"exp_backoff_restart_delay", c.ExpBackoffRestartDelay},
 		{"max_restarts", c.MaxRestarts}, {"min_uptime", c.MinUptime}, {"kill_timeout", c.KillTimeout}, {"listen_timeout", c.ListenTimeout},
 		{"cron_restart", c.CronRestart}, {"uid", c.UID}, {"gid", c.GID}, {"kill_signal", c.Signal},
-		{"instance_var", c.InstanceVar}, {"increment_var", c.IncrementVar},
+		{"instance_var", c.InstanceVar}, {"increment_var", c.IncrementVar}, {"max_surge", c.MaxSurge},
 	} {
 		if f.val != "" {
 			set(f.key, &node{kind: kString, text: f.val})

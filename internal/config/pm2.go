@@ -33,6 +33,7 @@ func pm2Keys() map[string][]string {
 		"v8": nil, "event_loop_inspector": nil, "deep_monitoring": nil, "increment_var": nil, "instance_var": nil,
 		"pmx": nil, "automation": nil, "treekill": nil, "port": nil, "username": nil, "uid": {"user"}, "gid": {"group"},
 		"windowsHide": {"windows_hide"}, "kill_retry_time": nil, "write": nil, "io": nil, "autostart": nil, "stop_exit_codes": nil,
+		"max_surge": nil, // ours
 	}
 }
 
@@ -367,6 +368,7 @@ func (a *pm2App) build(deploy *node) bool {
 		Instances:    1,
 		InstanceVar:  orElse(a.str("instance_var"), defaultInstanceVar),
 		IncrementVar: a.str("increment_var"),
+		MaxSurge:     a.str("max_surge"),
 		User:         a.str("uid"),
 		Group:        a.str("gid"),
 		Autostart:    a.boolean("autostart", true),

@@ -37,6 +37,7 @@ type remudaApp struct {
 	ExecMode     string            `json:"exec_mode,omitempty" jsonschema:"enum=fork,enum=cluster" jsonschema_description:"cluster: Node's cluster, instances share their listening ports. Default: fork."`
 	Sticky       bool              `json:"sticky,omitempty" jsonschema_description:"In cluster mode: the connections of one client address go to one instance. Default: false."`
 	Sockets      remudaSockets     `json:"sockets,omitempty" jsonschema_description:"Sockets that are opened for the app and handed to each of its processes, as systemd does (LISTEN_FDS)."`
+	MaxSurge     surge             `json:"max_surge,omitempty" jsonschema_description:"How many instances a reload replaces at a time, each new one ready before the old one is stopped: a number, or a percentage of the instances. 0: the old one is stopped first. Default: 1 where instances share their sockets, else 0."`
 	User         id                `json:"user,omitempty" jsonschema_description:"Run as this user (name or uid); the daemon must be root."`
 	Group        id                `json:"group,omitempty" jsonschema_description:"Run with this group (name or gid). Default: the user's."`
 	Umask        octal             `json:"umask,omitempty" jsonschema_description:"File mode mask, octal."`
@@ -145,7 +146,7 @@ type remudaReady struct {
 	Exec      *words    `json:"exec,omitempty" jsonschema_description:"Ready when this command exits with 0."`
 	Log       string    `json:"log,omitempty" jsonschema_description:"Ready when a line of its output matches this regular expression (RE2)."`
 	Interval  Duration  `json:"interval,omitempty" jsonschema_description:"Time between two looks. Default: 100ms."`
-	Timeout   Duration  `json:"timeout,omitempty" jsonschema_description:"Of the whole wait. Default: 60s."`
+	Timeout   Duration  `json:"timeout,omitempty" jsonschema_description:"Of the whole wait. Default: 60s. Without a probe: how long the new worker of a reload may take to listen; default 30s."`
 	OnTimeout string    `json:"on_timeout,omitempty" jsonschema:"enum=fail,enum=online" jsonschema_description:"fail: end the run, it has failed. online: take it as ready. Default: fail."`
 }
 
@@ -397,6 +398,7 @@ func (l *remudaLoader) app(entry field, rf *remudaFile, shared map[string]string
 		IncrementVar: r.IncrementVar,
 		ExecMode:     orElse(r.ExecMode, "fork"),
 		Sticky:       r.Sticky,
+		MaxSurge:     string(r.MaxSurge),
 		User:         string(r.User),
 		Group:        string(r.Group),
 		Umask:        string(r.Umask),
@@ -554,7 +556,7 @@ func (l *remudaLoader) ready(r *remudaReady, what string) Probe {
 	}
 	switch {
 	case len(types) == 0:
-		return Probe{Type: "none"}
+		return Probe{Type: "none", Timeout: r.Timeout}
 	case len(types) > 1:
 		l.at(0, 0, "%s: ready has %s; keep one", what, strings.Join(types, " and "))
 	}

@@ -101,7 +101,7 @@ func schemaOf(t reflect.Type) *jsonschema.Schema {
 		return one(&jsonschema.Schema{Type: "string", Examples: []any{"500ms", "1.5s", "2m"}}, &jsonschema.Schema{Type: "number", Minimum: "0", Description: "Milliseconds."})
 	case reflect.TypeFor[byteSize]():
 		return one(&jsonschema.Schema{Type: "string", Examples: []any{"300M", "1.5GB"}}, &jsonschema.Schema{Type: "number", Minimum: "0", Description: "Bytes."})
-	case reflect.TypeFor[instances](), reflect.TypeFor[id](), reflect.TypeFor[octal](), reflect.TypeFor[listenText](), reflect.TypeFor[tcpTarget]():
+	case reflect.TypeFor[instances](), reflect.TypeFor[id](), reflect.TypeFor[octal](), reflect.TypeFor[listenText](), reflect.TypeFor[tcpTarget](), reflect.TypeFor[surge]():
 		return one(str, &jsonschema.Schema{Type: "integer"})
 	case reflect.TypeFor[words](), reflect.TypeFor[stringList]():
 		return one(str, list)

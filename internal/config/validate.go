@@ -149,6 +149,10 @@ func (v *validator) run(a *App) {
 	v.check(a.Instances >= 0 && a.Instances <= maxInstances, "instances", "instances: %d is not from 1 to %d", a.Instances, maxInstances)
 	v.oneOf("exec_mode", a.ExecMode, "fork", "cluster")
 	v.sockets(a)
+	if a.MaxSurge != "" {
+		_, err := ResolveSurge(a.MaxSurge, 1)
+		v.check(err == nil, "max_surge", "%v", err)
+	}
 	for path, s := range map[string]string{"user": a.User, "group": a.Group} {
 		v.check(s == "" || validAccount(s), path, "%s: %s is no name or number of a %s", path, clip(s), path)
 	}

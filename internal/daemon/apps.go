@@ -148,6 +148,7 @@ type work struct {
 	begin   time.Time
 	touched []*instance // to be looked at until they have settled
 	surplus []*instance // to be deleted when they have stopped
+	rolls   []*roll     // to be run
 }
 
 func (d *Daemon) startLocked(ctx context.Context, req client.StartRequest) (work, error) {
@@ -166,6 +167,10 @@ func (d *Daemon) startLocked(ctx context.Context, req client.StartRequest) (work
 		if known == nil {
 			added = append(added, d.add(spec)...)
 			continue
+		}
+		if err := d.notRolling(spec.Name); err != nil {
+			d.undo(ctx, added)
+			return w, err
 		}
 		old := d.instancesOf(known)
 		more, surplus, err := d.change(known, spec, true, true)
@@ -367,7 +372,8 @@ func (d *Daemon) change(a *app, spec config.App, again, want bool) (added, surpl
 	}
 	if again {
 		d.mu.Lock()
-		a.gen++
+		a.lastGen++
+		a.gen = a.lastGen
 		for _, i := range a.instances {
 			i.mu.Lock()
 			i.gen = a.gen
@@ -445,6 +451,11 @@ func (d *Daemon) Act(ctx context.Context, req client.ActRequest) (client.ActResu
 	for k, v := range req.Env {
 		if k == "" || strings.ContainsAny(k, "=\x00") || strings.Contains(v, "\x00") {
 			return client.ActResult{}, refuse(http.StatusUnprocessableEntity, "%s is no variable of an environment", quoted(k))
+		}
+	}
+	if req.MaxSurge != "" {
+		if _, err := config.ResolveSurge(req.MaxSurge, 1); err != nil {
+			return client.ActResult{}, refuse(http.StatusUnprocessableEntity, "%v", err)
 		}
 	}
 	chosen, err := d.chosen(req.Targets)
@@ -585,7 +596,7 @@ func (d *Daemon) reset(list []*instance) ([]client.Outcome, error) {
 		r := i.run
 		i.mu.Unlock()
 		if st, _ := i.sup.Status(i.name); r != nil && (st.Run != nil || st.State == supervise.StateBackoff) {
-			r.remember(func(l *label) { l.Restarts, l.Unstable, l.Recent = 0, 0, nil })
+			_ = r.remember(func(l *label) { l.Restarts, l.Unstable, l.Recent = 0, 0, nil })
 		}
 	}
 	d.saveOrWarn()
@@ -612,24 +623,69 @@ func (d *Daemon) updateEnv(list []*instance, env map[string]string) {
 		if a == nil {
 			continue
 		}
-		merged := maps.Clone(a.spec.Env)
-		if merged == nil {
-			merged = map[string]string{}
+		a.spec.Env = mergedEnv(a.spec.Env, env)
+		if a.next != nil { // an instance may have it already
+			next := *a.next
+			next.spec.Env = mergedEnv(next.spec.Env, env)
+			a.next = &next
 		}
-		maps.Copy(merged, env)
-		a.spec.Env = merged
 		for _, j := range a.instances {
 			j.mu.Lock()
-			j.spec.Env = merged
+			if j.spec.Env = a.spec.Env; a.next != nil && j.gen == a.next.gen {
+				j.spec.Env = a.next.spec.Env
+			}
 			j.mu.Unlock()
 		}
 	}
 }
 
-// reload restarts the instances of each app one after the other; the next one
-// goes only when the one before is back. Where one does not come back, the
-// others of its app still do their work: they are left alone.
+// reload gives the instances of each app new runs, one app after the other.
 func (d *Daemon) reload(ctx context.Context, list []*instance, req client.ActRequest) ([]client.Outcome, error) {
+	var out []client.Outcome
+	for len(list) > 0 {
+		name := list[0].app
+		var of []*instance
+		of, list = split(list, name)
+		d.mu.Lock()
+		a := d.apps[name]
+		most := 0
+		if a != nil {
+			spec := a.spec
+			spec.MaxSurge = cmp.Or(req.MaxSurge, spec.MaxSurge)
+			most = surge(spec, len(a.instances))
+		}
+		d.mu.Unlock()
+		var o []client.Outcome
+		var err error
+		if most > 0 {
+			o, err = d.rollReload(a, of, req)
+		} else {
+			o, err = d.reloadInTurn(ctx, of, req)
+		}
+		if out = append(out, o...); err != nil {
+			return out, err
+		}
+	}
+	slices.SortStableFunc(out, func(a, b client.Outcome) int { return cmp.Compare(a.ID, b.ID) })
+	return out, nil
+}
+
+// split takes the instances of one app out of a list.
+func split(list []*instance, name string) (of, rest []*instance) {
+	for _, i := range list {
+		if i.app == name {
+			of = append(of, i)
+		} else {
+			rest = append(rest, i)
+		}
+	}
+	return of, rest
+}
+
+// reloadInTurn restarts instances one after the other; the next one goes only
+// when the one before is back. Where one does not come back, the others of its
+// app still do their work: they are left alone.
+func (d *Daemon) reloadInTurn(ctx context.Context, list []*instance, req client.ActRequest) ([]client.Outcome, error) {
 	var out []client.Outcome
 	failed := map[string]string{}
 	for _, i := range list {
@@ -889,10 +945,14 @@ func (d *Daemon) scale(a *app, n int, want bool) (added, surplus []*instance, er
 // Up implements [api.Daemon].
 func (d *Daemon) Up(ctx context.Context, req client.UpRequest) (client.ActResult, error) {
 	changes, w, err := d.upLocked(ctx, req)
-	if err != nil || req.DryRun {
+	if req.DryRun {
 		return client.ActResult{Changes: changes}, err
 	}
-	settled := d.settle(ctx, w.touched, w.begin)
+	settled := d.rollUp(ctx, &w)
+	if err != nil {
+		return client.ActResult{Changes: changes}, err
+	}
+	settled = append(settled, d.settle(ctx, w.touched, w.begin)...)
 	if err := d.discard(ctx, w.surplus); err != nil {
 		return client.ActResult{Changes: changes}, err
 	}
@@ -915,6 +975,11 @@ func (d *Daemon) upLocked(ctx context.Context, req client.UpRequest) ([]client.C
 	changes, gone, moved, err := d.compare(req)
 	if err != nil || req.DryRun {
 		return changes, w, err
+	}
+	for _, c := range changes {
+		if err := d.notRolling(c.App); err != nil && c.Action != "none" {
+			return changes, w, err
+		}
 	}
 	// A live child cannot be moved to another supervisor: those that move are
 	// made anew.
@@ -939,6 +1004,11 @@ func (d *Daemon) upLocked(ctx context.Context, req client.UpRequest) ([]client.C
 		i.setWant(false)
 	}
 	var added, again []*instance
+	type change struct {
+		a    *app
+		spec config.App
+	}
+	var gently []change
 	for n, spec := range req.Apps {
 		d.mu.Lock()
 		known := d.apps[spec.Name]
@@ -955,6 +1025,10 @@ func (d *Daemon) upLocked(ctx context.Context, req client.UpRequest) ([]client.C
 		case action == "change", action == "scale":
 			old := d.instancesOf(known)
 			renew := action == "change" && needsNewRun(known.spec, spec)
+			if renew && surge(known.spec, len(old)) > 0 && surge(spec, spec.Instances) > 0 && sideBySide(known.spec, spec) {
+				gently = append(gently, change{known, spec})
+				continue
+			}
 			more, surplus, err := d.change(known, spec, renew, spec.Autostart)
 			if err != nil {
 				d.undo(ctx, added)
@@ -990,7 +1064,48 @@ func (d *Daemon) upLocked(ctx context.Context, req client.UpRequest) ([]client.C
 	}
 	w.touched = slices.Concat(added, w.touched, again)
 	w.surplus = append(w.surplus, gone...)
-	return changes, w, d.begin("up", again)
+	if err := d.begin("up", again); err != nil {
+		return changes, w, err
+	}
+	for _, c := range gently {
+		if c.spec.Autostart {
+			d.ask(slices.DeleteFunc(d.instancesOf(c.a), (*instance).wanted))
+		}
+		n := c.spec.Instances
+		c.spec.Strategy = c.a.spec.Strategy // see above
+		r, err := d.beginRoll(c.a, &c.spec, "up")
+		if err != nil {
+			return changes, w, err
+		}
+		r.count = n
+		w.rolls = append(w.rolls, r)
+	}
+	return changes, w, nil
+}
+
+// rollUp carries the rolls of an up out, one app after the other, and has those
+// apps scaled that are what they are to be.
+func (d *Daemon) rollUp(ctx context.Context, w *work) (out []client.Outcome) {
+	for _, r := range w.rolls {
+		o := r.run(nil)
+		out = append(out, o...)
+		if slices.ContainsFunc(o, func(o client.Outcome) bool { return o.Error != "" }) {
+			continue
+		}
+		d.act.Lock()
+		d.mu.Lock()
+		there := d.apps[r.from.spec.Name] == r.a
+		d.mu.Unlock()
+		if there {
+			added, surplus, err := d.scale(r.a, r.count, r.to.spec.Autostart)
+			if err != nil {
+				d.log.Warn("scale", "app", r.from.spec.Name, "error", err)
+			}
+			w.touched, w.surplus = append(w.touched, added...), append(w.surplus, surplus...)
+		}
+		d.act.Unlock()
+	}
+	return out
 }
 
 func (i *instance) wanted() bool {
@@ -1063,7 +1178,7 @@ func (d *Daemon) compare(req client.UpRequest) (changes []client.Change, gone []
 func needsNewRun(before, after config.App) bool {
 	for _, a := range []*config.App{&before, &after} {
 		a.Instances, a.Autostart, a.DependsOn, a.Watch, a.Source, a.Namespace, a.Strategy = 0, false, nil, nil, "", "", ""
-		a.Restart, a.Stop.Grace, a.Stop.Signal, a.Ready = config.Restart{MaxMemory: a.Restart.MaxMemory}, 0, "", config.Probe{}
+		a.MaxSurge, a.Restart, a.Stop.Grace, a.Stop.Signal, a.Ready = "", config.Restart{MaxMemory: a.Restart.MaxMemory}, 0, "", config.Probe{}
 	}
 	return !reflect.DeepEqual(before, after)
 }

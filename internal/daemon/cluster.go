@@ -21,6 +21,9 @@ const (
 	// listenWait is how long a worker without a probe may take until it
 	// listens, before it counts as ready all the same: it may never want to.
 	listenWait = 3 * time.Second
+	// replaceWait is how long a worker may take until it listens that is to
+	// take the place of one that does.
+	replaceWait = 30 * time.Second
 	// drainWait is how long a worker that is replaced may take to finish its
 	// connections, before it is told to end by signal; then its grace begins.
 	drainWait = 8 * time.Second
@@ -135,17 +138,8 @@ func (c *clusters) fork(name string) {
 	}
 	c.remove(name, func(i *instance) bool {
 		i.mu.Lock()
-		r := i.run
-		i.mu.Unlock()
-		if r == nil || !r.cluster {
-			return false
-		}
-		select {
-		case <-r.done:
-			return false
-		default:
-			return true
-		}
+		defer i.mu.Unlock()
+		return slices.ContainsFunc(i.runs, func(r *run) bool { return r.cluster })
 	})
 }
 
@@ -248,18 +242,17 @@ func (r *run) join(f *os.File, adopted bool) error {
 	return nil
 }
 
-// listening waits until a worker listens, or need not be waited for.
-func (r *run) listening(ctx context.Context) {
-	if r.worker == nil {
-		return
-	}
-	t := time.NewTimer(listenWait)
+// listening waits until a worker listens, but no longer than most.
+func (r *run) listening(ctx context.Context, most time.Duration) error {
+	t := time.NewTimer(most)
 	defer t.Stop()
 	select {
 	case <-r.worker.Listening():
-	case <-r.worker.Done():
+		return nil
 	case <-t.C:
+		return fmt.Errorf("does not listen within %s", most)
 	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 

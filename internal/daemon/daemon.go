@@ -11,6 +11,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -102,7 +103,10 @@ type inventoryFacts struct {
 
 type app struct {
 	spec      config.App
-	gen       int         // grows with each spec that calls for new runs
+	gen       int         // of spec, grows with each one that calls for new runs
+	lastGen   int         // the highest that was given
+	next      *candidate  // what spec is to be when a roll has gone well, see roll.go
+	rolling   bool        // its instances are being replaced
 	instances []*instance // as they were added
 }
 
@@ -238,6 +242,7 @@ func (d *Daemon) serve(ctx context.Context) error {
 	d.event(nil, "daemon.started", os.Getpid(), fmt.Sprintf("controller %d of keeper %d", os.Getpid(), d.inventory.keeperPID))
 	d.log.Info("controller ready", "pid", os.Getpid(), "instances", count, "took", time.Since(d.started).Round(time.Microsecond))
 	d.quiet.Reset(quietFor)
+	d.resumeRolls()
 	for {
 		select {
 		case err := <-served:
@@ -410,23 +415,29 @@ func (d *Daemon) restore(st state, inv *keeper.Inventory) {
 	var all []pair
 	d.mu.Lock() // for the reports of the groups
 	for _, as := range st.Apps {
-		a := &app{spec: as.Spec, gen: as.Gen}
+		a := &app{spec: as.Spec, gen: as.Gen, lastGen: max(as.Gen, as.LastGen)}
+		if as.Next != nil {
+			a.next = &candidate{*as.Next, a.lastGen}
+		}
 		d.apps[as.Spec.Name] = a
 		d.order = append(d.order, as.Spec.Name)
 		d.versions.look(as.Spec)
 		for _, is := range as.Instances {
 			i := d.newInstance(a, is.ID, is.Index)
 			i.alone, i.created, i.want, i.lastErr = is.Alone, is.Created, is.Run, is.LastErr
+			if c := a.next; c != nil && is.Gen == c.gen {
+				i.spec, i.gen = c.spec, c.gen
+			}
 			d.nextID = max(d.nextID, is.ID+1)
 			all = append(all, pair{i, is})
 		}
 	}
 	d.mu.Unlock()
 	for _, p := range all {
+		adoption, older := d.adopt(p.i, p.s, running[p.i.id], relays)
 		spec := p.i.child()
 		spec.DependsOn = d.dependencies(p.i.spec)
-		var older bool
-		spec.Adopt, older = d.adopt(p.i, p.s, running[p.i.id], relays)
+		spec.Adopt = adoption
 		delete(running, p.i.id)
 		err := p.i.sup.Add(spec, p.i.want)
 		if err == nil && older && p.i.want {
@@ -463,6 +474,15 @@ type adoptee struct {
 	label label
 }
 
+func (a adoptee) ended() bool {
+	select {
+	case <-a.Done():
+		return true
+	default:
+		return false
+	}
+}
+
 func (a adoptee) close() {
 	for _, f := range a.Files {
 		f.Close()
@@ -482,34 +502,41 @@ func endStranger(a adoptee) {
 // this controller: its latest run where the keeper has one, else how it had
 // ended. older says that the run is of an earlier spec than the app now has.
 func (d *Daemon) adopt(i *instance, s instanceState, runs []adoptee, relays map[string]*os.File) (ad *supervise.Adoption, older bool) {
-	slices.SortFunc(runs, func(a, b adoptee) int { return int(min(max(a.label.Began-b.label.Began, -1), 1)) })
 	ad = &supervise.Adoption{State: supervise.State(s.State), Reason: s.Reason, Restarts: s.Restarts}
 	ad.LastExit = exitFrom(s.LastExit)
 	if len(runs) == 0 {
 		return ad, false
 	}
-	for _, old := range runs[:len(runs)-1] {
-		go endStranger(old)
+	slices.SortFunc(runs, func(a, b adoptee) int { return cmp.Compare(a.label.Began, b.label.Began) })
+	facts := make([]remains, len(runs))
+	for n, a := range runs {
+		facts[n] = remains{a.label.Trial, a.ended()}
 	}
-	last := runs[len(runs)-1]
-	select {
-	case <-last.Done():
-		if s.State != "" && s.LastExit != nil && !s.LastExit.At.Before(last.Exit().At) {
-			// What followed from its end is on record already; the controller
-			// before had no more time to have the keeper forget it.
-			go endStranger(last)
-			return ad, false
+	at, other := sortOut(facts)
+	for n, a := range runs {
+		switch n {
+		case at:
+		case other:
+			// Whichever of the two it is, it may be serving: it is stopped as
+			// in the replacement that it is left of.
+			r := d.takeOver(i, a, true, relays)
+			go r.follow()
+			ad.Beside = r
+		default:
+			go endStranger(a)
 		}
-	default:
 	}
-	r := newRun(i, i.spec, last.Process, last.label.Ready, last.label.Cluster)
-	kept := descriptors{out: last.Files[keptOut], err: last.Files[keptErr], ipc: last.Files[keptIPC], adopted: true}
-	for stream, f := range map[string]**os.File{logs.Out: &kept.outRelay, logs.Err: &kept.errRelay} {
-		name := relayName(i.id, stream)
-		*f = relays[name]
-		delete(relays, name)
+	last := runs[at]
+	if last.ended() && s.State != "" && s.LastExit != nil && !s.LastExit.At.Before(last.Exit().At) {
+		// What followed from its end is on record already; the controller
+		// before had no more time to have the keeper forget it.
+		go endStranger(last)
+		return ad, false
 	}
-	r.attach(kept)
+	if c := d.apps[i.app].next; c != nil && c.gen == last.label.Gen {
+		i.spec, i.gen = c.spec, c.gen
+	}
+	r := d.takeOver(i, last, last.label.Ready, relays)
 	i.run = r
 	ad.Run, ad.Since = r, time.Unix(0, last.label.Began)
 	if last.label.LastExit != nil {
@@ -520,7 +547,59 @@ func (d *Daemon) adopt(i *instance, s instanceState, runs []adoptee, relays map[
 		ad.Recent = append(ad.Recent, time.UnixMilli(ms))
 	}
 	go r.follow()
-	return ad, last.label.Gen < i.gen
+	return ad, last.label.Gen != i.gen
+}
+
+// remains is what decides which of the runs of an instance counts.
+type remains struct{ trial, ended bool }
+
+// sortOut says which of the runs of an instance counts, given in the order they
+// began: the latest, but for those that were started beside another and were
+// not ready yet; of these only where the other has ended. other is a second one
+// that lives, -1 where there is none.
+func sortOut(runs []remains) (last, other int) {
+	last, other = -1, -1
+	trial := -1
+	for n, r := range runs {
+		switch {
+		case !r.trial:
+			last = n
+		case !r.ended || trial < 0:
+			trial = n
+		}
+	}
+	if last < 0 || trial >= 0 && runs[last].ended && !runs[trial].ended {
+		last = trial
+	}
+	for n, r := range runs {
+		if n != last && !r.ended {
+			other = n
+		}
+	}
+	return last, other
+}
+
+// takeOver makes a run of what an earlier controller left, of the instance's
+// spec or that of its app.
+func (d *Daemon) takeOver(i *instance, a adoptee, ready bool, relays map[string]*os.File) *run {
+	as := origin{inst: i, spec: i.spec, gen: a.label.Gen, began: time.Unix(0, a.label.Began), cluster: a.label.Cluster}
+	if strings.HasSuffix(a.Key(), secondKey) {
+		as.slot = 1
+	}
+	if of := d.apps[i.app]; of.gen == as.gen {
+		as.spec = of.spec
+	}
+	r := newRun(as, a.Process, ready)
+	kept := descriptors{out: a.Files[keptOut], err: a.Files[keptErr], ipc: a.Files[keptIPC], adopted: true}
+	for stream, f := range map[string]struct{ pipe, relay **os.File }{logs.Out: {&kept.out, &kept.outRelay}, logs.Err: {&kept.err, &kept.errRelay}} {
+		name := relayName(i.id, stream, pipeInode(*f.pipe))
+		*f.relay = relays[name]
+		delete(relays, name)
+	}
+	r.attach(kept)
+	i.runs = append(i.runs, r)
+	i.slots[as.slot] = true
+	return r
 }
 
 // exitFrom turns round exitOf.
@@ -599,8 +678,10 @@ func (d *Daemon) toldReady(pid int) bool {
 	var waiting []*run
 	for _, i := range d.instances {
 		i.mu.Lock()
-		if i.run != nil && i.run.notifyReady != nil {
-			waiting = append(waiting, i.run)
+		for _, r := range i.runs {
+			if r.notifyReady != nil {
+				waiting = append(waiting, r)
+			}
 		}
 		i.mu.Unlock()
 	}
@@ -627,7 +708,10 @@ func (d *Daemon) snapshot() state {
 	st := state{Version: stateVersion, NextID: d.nextID, Groups: d.groups}
 	for _, name := range d.order {
 		a := d.apps[name]
-		as := appState{Spec: a.spec, Gen: a.gen}
+		as := appState{Spec: a.spec, Gen: a.gen, LastGen: a.lastGen}
+		if a.next != nil {
+			as.Next = &a.next.spec
+		}
 		for _, i := range a.instances {
 			as.Instances = append(as.Instances, i.record())
 		}

@@ -176,12 +176,17 @@ func umask(s string) (*int, error) {
 	return &m, nil
 }
 
-// stopSignal is what a run is asked to end with.
-func (i *instance) stopSignal(spec config.App) syscall.Signal {
+// signalNow takes the signal that was given for the next stop alone.
+func (i *instance) signalNow() string {
 	i.mu.Lock()
+	defer i.mu.Unlock()
 	once := i.signalOnce
 	i.signalOnce = ""
-	i.mu.Unlock()
+	return once
+}
+
+// stopSignal is what a run is asked to end with: once, unless that is "".
+func stopSignal(spec config.App, once string) syscall.Signal {
 	if once == "" {
 		once = spec.Stop.Signal
 	}

@@ -33,7 +33,11 @@ type instance struct {
 	gen        int            // of the spec
 	want       bool           // it shall run
 	asked      bool           // … and its supervisor has not been told yet
-	run        *run           // the latest, nil before the first
+	run        *run           // the latest that counted, nil before the first
+	runs       []*run         // those that are not over, at most two
+	slots      [2]bool        // which of the keys are taken, see key
+	candidate  *candidate     // what a run that is started beside another is to be
+	trialErr   []string       // last lines of such a one that failed
 	ended      []proc.Process // runs whose end is not on record yet: the keeper holds them till then
 	lastErr    []string
 	logTrouble string
@@ -43,16 +47,33 @@ type instance struct {
 	toldPID    int
 }
 
-// key is what the keeper knows the next run by, and the name of its cgroup.
-func (i *instance) key() string {
+// takeSlot takes a key for a run. Caller holds i.mu.
+func (i *instance) takeSlot() int {
+	slot := 0
+	if i.slots[0] {
+		slot = 1
+	}
+	i.slots[slot] = true
+	return slot
+}
+
+// key is what the keeper knows a run by, and the name of its cgroup. There are
+// two, for the two runs of a replacement.
+func (i *instance) key(slot int) string {
 	name := strings.Map(func(r rune) rune {
 		if r < 0x80 && (r == '.' || r == '-' || r == '_' || '0' <= r && r <= '9' || 'a' <= r && r <= 'z' || 'A' <= r && r <= 'Z') {
 			return r
 		}
 		return '_'
 	}, i.app)
-	return fmt.Sprintf("%d-%.60s", i.id, strings.TrimLeft(name, "."))
+	key := fmt.Sprintf("%d-%.60s", i.id, strings.TrimLeft(name, "."))
+	if slot > 0 {
+		key += secondKey
+	}
+	return key
 }
+
+const secondKey = ".2"
 
 func (i *instance) trouble(text string) {
 	i.mu.Lock()
@@ -155,7 +176,7 @@ func (i *instance) record() instanceState {
 	st, _ := i.sup.Status(i.name)
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	s := instanceState{ID: i.id, Index: i.index, Run: i.want, Alone: i.alone, Created: i.created, Restarts: st.Restarts}
+	s := instanceState{ID: i.id, Index: i.index, Run: i.want, Alone: i.alone, Created: i.created, Restarts: st.Restarts, Gen: i.gen}
 	s.LastExit = exitOf(st.LastExit)
 	// What is at rest but was asked to start would otherwise be taken, after a
 	// crash, for a program that has done its work.
@@ -181,6 +202,9 @@ func (i *instance) changed(st supervise.Status) {
 	i.mu.Lock()
 	news := text != i.told || pid != 0 && st.State != supervise.StateStarting && pid != i.toldPID
 	i.told, i.toldPID = text, pid
+	if r, ok := st.Run.(*run); ok && r != nil && (i.run == nil || i.run.began.Before(r.began)) {
+		i.run = r // it has taken the other's place
+	}
 	i.mu.Unlock()
 	if news {
 		i.d.event(i, "app."+string(st.State), pid, text)

@@ -64,6 +64,8 @@ type box struct {
 	home string
 	c    *client.Client
 	ctx  context.Context
+
+	keeper int // its pid, see processes
 }
 
 func newBox(t *testing.T) *box {
@@ -74,7 +76,7 @@ func newBox(t *testing.T) *box {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
-	b := &box{t, home, client.New(home), ctx}
+	b := &box{T: t, home: home, c: client.New(home), ctx: ctx}
 	t.Cleanup(func() {
 		defer cancel()
 		_ = b.c.Kill(ctx)

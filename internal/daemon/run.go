@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -19,6 +20,7 @@ import (
 	"github.com/remuda-dev/remuda/internal/config"
 	"github.com/remuda-dev/remuda/internal/keeper"
 	"github.com/remuda-dev/remuda/internal/logs"
+	"github.com/remuda-dev/remuda/internal/monitor"
 	"github.com/remuda-dev/remuda/internal/nodeipc"
 	"github.com/remuda-dev/remuda/internal/probe"
 	"github.com/remuda-dev/remuda/proc"
@@ -60,17 +62,30 @@ type label struct {
 	Ready bool `json:"ready,omitempty"` // it has said so, and will not again
 
 	Cluster bool `json:"cluster,omitempty"` // it shares the app's sockets
+
+	// Trial: it was started beside another run, which counts until this one is
+	// ready. Taking this away is the moment at which it takes over.
+	Trial bool `json:"trial,omitempty"`
+}
+
+// origin is what is known of a run before it is there.
+type origin struct {
+	inst    *instance
+	spec    config.App // as it was at the start
+	gen     int        // of spec
+	slot    int        // see [instance.slots]
+	began   time.Time
+	trial   bool // it was started beside another, see [label]
+	cluster bool
 }
 
 // run is one life of an instance's process. It implements [supervise.Run].
 type run struct {
-	inst     *instance
-	spec     config.App // as it was at the start
+	origin
 	proc     *keeper.Process
 	out, err *logs.Capture
 	ipc      channel         // nil where the program is not Node
 	worker   *cluster.Worker // nil where the app is not in cluster mode
-	cluster  bool
 
 	ready  chan struct{}
 	done   chan struct{}
@@ -94,15 +109,14 @@ type channel interface {
 	Close() error
 }
 
-// newRun makes a run of what lives in the keeper already. ready says that
-// nothing has to be waited for.
-func newRun(i *instance, spec config.App, p *keeper.Process, ready, cluster bool) *run {
-	r := &run{inst: i, spec: spec, proc: p, cluster: cluster, ready: make(chan struct{}), done: make(chan struct{}), killed: make(chan struct{})}
-	if ready || !cluster && !probed(spec) {
+// newRun makes a run of what lives in the keeper already. ready says that nothing has to be waited for.
+func newRun(as origin, p *keeper.Process, ready bool) *run {
+	r := &run{origin: as, proc: p, ready: make(chan struct{}), done: make(chan struct{}), killed: make(chan struct{})}
+	if ready || !r.cluster && !r.trial && !probed(r.spec) {
 		close(r.ready)
 		return r
 	}
-	switch spec.Ready.Type {
+	switch r.spec.Ready.Type {
 	case "ipc":
 		r.ipcReady = make(chan struct{}, 1)
 	case "notify":
@@ -116,18 +130,29 @@ func probed(spec config.App) bool { return spec.Ready.Type != "none" && spec.Rea
 
 // Start implements [supervise.Child].
 func (i *instance) Start(ctx context.Context, a supervise.Attempt) (supervise.Run, error) {
+	as := origin{inst: i, began: time.Now(), trial: a.Beside != nil}
 	i.mu.Lock()
-	spec, gen := i.spec, i.gen
+	as.spec, as.gen = i.spec, i.gen
+	if c := i.candidate; c != nil && as.trial {
+		as.spec, as.gen = c.spec, c.gen
+	}
+	as.slot = i.takeSlot()
 	i.mu.Unlock()
-	r, err := i.spawn(ctx, spec, gen, a)
+	r, err := i.spawn(ctx, as, a)
 	if err != nil {
+		i.mu.Lock()
+		i.slots[as.slot] = false
+		i.mu.Unlock()
 		i.d.event(i, "app.start-failed", 0, err.Error())
 		return nil, err
 	}
 	i.mu.Lock()
-	ended := i.ended
-	i.ended = nil
-	i.run = r
+	i.runs = append(i.runs, r)
+	var ended []proc.Process
+	if !r.trial {
+		ended, i.ended = i.ended, nil
+		i.run = r
+	}
 	i.mu.Unlock()
 	// Only now is the end of the runs before on record: in this one's label.
 	release(ended)
@@ -141,8 +166,9 @@ func release(ended []proc.Process) {
 	}
 }
 
-func (i *instance) spawn(ctx context.Context, spec config.App, gen int, a supervise.Attempt) (_ *run, err error) {
-	ps := proc.Spec{Key: i.key(), Args: spec.Command, Dir: spec.Cwd}
+func (i *instance) spawn(ctx context.Context, as origin, a supervise.Attempt) (_ *run, err error) {
+	spec := as.spec
+	ps := proc.Spec{Key: i.key(as.slot), Args: spec.Command, Dir: spec.Cwd}
 	if ps.Credential, err = credential(spec); err != nil {
 		return nil, err
 	}
@@ -202,8 +228,8 @@ func (i *instance) spawn(ctx context.Context, spec config.App, gen int, a superv
 		ps.Keep[keptIPC] = parent
 		env = append(env, nodeipc.Env(len(ps.Files)-1)...)
 	}
-	inCluster := clustered(spec) // which has a channel, being Node
-	if inCluster {
+	as.cluster = clustered(spec) // which has a channel, being Node
+	if as.cluster {
 		primary, err := i.d.clusters.of(spec, ps.Credential)
 		if err != nil {
 			return nil, err
@@ -218,7 +244,7 @@ func (i *instance) spawn(ctx context.Context, spec config.App, gen int, a superv
 	} else if self != nil {
 		theirs = append(theirs, self)
 	}
-	if ps.Label, err = i.label(a, gen, inCluster); err != nil {
+	if ps.Label, err = i.label(a, as); err != nil {
 		return nil, err
 	}
 	if err := ctx.Err(); err != nil {
@@ -230,7 +256,7 @@ func (i *instance) spawn(ctx context.Context, spec config.App, gen int, a superv
 	if err != nil {
 		return nil, err
 	}
-	r := newRun(i, spec, p.(*keeper.Process), false, inCluster)
+	r := newRun(as, p.(*keeper.Process), false)
 	r.attach(descriptors{out: outR, err: errR, ipc: channel})
 	mine = nil
 	return r, nil
@@ -325,6 +351,11 @@ func (r *run) follow() {
 	cancel()
 	r.clear()
 	r.finish()
+	i := r.inst
+	i.mu.Lock()
+	i.runs = slices.DeleteFunc(i.runs, func(x *run) bool { return x == r })
+	i.slots[r.slot] = false
+	i.mu.Unlock()
 	close(r.done)
 	r.inst.d.sockets.tidy(r.inst.app)
 }
@@ -332,12 +363,22 @@ func (r *run) follow() {
 // probe waits until the program is ready, and has the run counted as failed
 // where it does not become so in time.
 func (r *run) probe(ctx context.Context) {
-	if !probed(r.spec) { // a worker
-		if r.listening(ctx); ctx.Err() == nil {
-			r.remember(func(l *label) { l.Ready = true })
-			close(r.ready)
+	if !probed(r.spec) {
+		switch err := r.comeUp(ctx); {
+		case ctx.Err() != nil:
+		case err != nil:
+			r.fail(err.Error())
+		default:
+			r.becomeReady()
 		}
 		return
+	}
+	if t := r.spec.Ready.Type; (t == "tcp" || t == "http") && r.worker != nil && r.worker.Siblings() {
+		// They would answer for it.
+		if err := r.listening(ctx, r.spec.Ready.Timeout.Std()); err != nil && ctx.Err() == nil {
+			r.late(err)
+			return
+		}
 	}
 	env := probe.Env{Dir: r.spec.Cwd, IPCReady: r.ipcReady, NotifyReady: r.notifyReady, Lines: r.lines}
 	if c, err := credential(r.spec); err == nil && c != nil {
@@ -350,20 +391,108 @@ func (r *run) probe(ctx context.Context) {
 	if ctx.Err() != nil {
 		return
 	}
-	late := r.spec.Ready.OnTimeout == "online" && errors.As(err, new(*probe.NotReadyError))
-	if err != nil && !late {
-		r.mu.Lock()
-		r.probeFailed = true
-		r.mu.Unlock()
-		_ = r.inst.sup.Fail(err.Error(), r.inst.name)
+	switch {
+	case err == nil:
+		r.becomeReady()
+	case errors.As(err, new(*probe.NotReadyError)):
+		r.late(err)
+	default:
+		r.fail(err.Error())
+	}
+}
+
+// late is what follows when the program was not ready in time.
+func (r *run) late(err error) {
+	if r.spec.Ready.OnTimeout == "online" {
+		r.becomeReady()
 		return
 	}
-	r.remember(func(l *label) { l.Ready = true })
+	r.fail(err.Error())
+}
+
+// fail has the run counted as failed.
+func (r *run) fail(why string) {
+	r.mu.Lock()
+	r.probeFailed = true
+	r.mu.Unlock()
+	_ = r.inst.sup.FailRun(why, r.inst.name, r)
+}
+
+// becomeReady puts on record that the run is ready. From then on it counts
+// also where it was started beside another, for every later controller too.
+func (r *run) becomeReady() {
+	i := r.inst
+	var ended []proc.Process
+	if r.trial {
+		i.mu.Lock()
+		if c := i.candidate; c != nil && c.gen == r.gen {
+			i.spec, i.gen = c.spec, c.gen
+		}
+		ended, i.ended = i.ended, nil
+		i.mu.Unlock()
+	}
+	st, _ := i.sup.Status(i.name)
+	err := r.remember(func(l *label) {
+		l.Ready, l.Trial = true, false
+		if r.trial {
+			l.LastExit = exitOf(st.LastExit)
+		}
+	})
+	if err != nil && r.trial {
+		// The other must not be stopped: a later controller would take that one
+		// for the one that counts.
+		r.fail(err.Error())
+		return
+	}
+	release(ended)
 	close(r.ready)
 }
 
+// comeUp waits until a program that does not say when it is ready has done
+// what it does at its start. nil: it has, or need not be waited for.
+func (r *run) comeUp(ctx context.Context) error {
+	if r.worker == nil {
+		r.atRest(ctx)
+		return nil
+	}
+	if most := time.Duration(r.spec.Ready.Timeout); r.trial && r.worker.Siblings() {
+		if most == 0 {
+			most = replaceWait
+		}
+		return r.listening(ctx, most)
+	}
+	_ = r.listening(ctx, listenWait) // it may never want to
+	return nil
+}
+
+// atRest waits until the program has come to rest, has been busy for a second,
+// or has ended.
+func (r *run) atRest(ctx context.Context) {
+	rest, err := monitor.NewRest(r.proc.ID().PID)
+	if err != nil {
+		return
+	}
+	defer rest.Close()
+	tick := time.NewTicker(restEvery)
+	defer tick.Stop()
+	for end := r.began.Add(restMost); time.Now().Before(end); {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		switch rest.Look() {
+		case monitor.AtRest:
+			return
+		case monitor.Gone: // ctx ends at any moment
+			<-ctx.Done()
+			return
+		}
+	}
+}
+
 // remember changes what the keeper tells later controllers of the run.
-func (r *run) remember(change func(*label)) {
+func (r *run) remember(change func(*label)) error {
 	r.labels.Lock()
 	defer r.labels.Unlock()
 	var l label
@@ -380,6 +509,7 @@ func (r *run) remember(change func(*label)) {
 	if err != nil {
 		r.inst.d.log.Warn("another controller will know less of this run", "instance", r.inst.name, "error", err)
 	}
+	return err
 }
 
 func (r *run) lines(f func(string)) (cancel func()) {
@@ -454,15 +584,31 @@ func (r *run) finish() {
 		tail = r.err.Tail(tailLines)
 	}
 	i := r.inst
+	aside := r.aside()
 	i.mu.Lock()
-	i.lastErr = tail
-	i.ended = append(i.ended, r.proc)
+	switch {
+	case !aside:
+		i.lastErr = tail
+		i.ended = append(i.ended, r.proc)
+	case r.trial:
+		i.trialErr = tail
+	}
 	i.mu.Unlock()
+	if aside { // whose end is nobody's business but that of the replacement
+		defer release([]proc.Process{r.proc})
+	}
 	text := e.String()
 	if r.exit.Cause != "" && !e.OOM { // that it says itself
 		text += " (" + r.exit.Cause + ")"
 	}
 	i.d.event(i, "app.exit", r.proc.ID().PID, text)
+}
+
+// aside says that the run is not the one that counts: it was to take another's
+// place and has not, or another has taken its place.
+func (r *run) aside() bool {
+	st, _ := r.inst.sup.Status(r.inst.name)
+	return st.Beside == supervise.Run(r) || r.trial && st.Run != nil && st.Run != supervise.Run(r)
 }
 
 // Ready implements [supervise.Run].
@@ -491,7 +637,11 @@ func (r *run) Stop(cause string) {
 			return
 		}
 		r.part(cause)
-		_ = r.proc.SignalTree(r.inst.stopSignal(r.spec))
+		signal := ""
+		if !r.trial || !r.aside() {
+			signal = r.inst.signalNow()
+		}
+		_ = r.proc.SignalTree(stopSignal(r.spec, signal))
 	}()
 }
 
@@ -516,8 +666,8 @@ func (r *run) Kill(cause string) {
 	}()
 }
 
-func (i *instance) label(a supervise.Attempt, gen int, inCluster bool) ([]byte, error) {
-	l := label{ID: i.id, App: i.app, Began: time.Now().UnixNano(), Restarts: a.Restarts, Gen: gen, Cluster: inCluster}
+func (i *instance) label(a supervise.Attempt, as origin) ([]byte, error) {
+	l := label{ID: i.id, App: i.app, Began: as.began.UnixNano(), Restarts: a.Restarts, Gen: as.gen, Cluster: as.cluster, Trial: as.trial}
 	if st, ok := i.sup.Status(i.name); ok {
 		l.Unstable, l.LastExit = st.Unstable, exitOf(st.LastExit)
 		for _, t := range st.Recent {

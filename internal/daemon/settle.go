@@ -83,7 +83,7 @@ func failedSince(st supervise.Status, begin time.Time) bool {
 
 func asked(cause string) bool {
 	switch client.Verb(cause) {
-	case "stop", "up", client.VerbStart, client.VerbRestart, client.VerbReload, client.VerbDelete:
+	case "stop", "up", "rollback", client.VerbStart, client.VerbRestart, client.VerbReload, client.VerbDelete:
 		return true
 	}
 	return strings.HasPrefix(cause, "file changed") || strings.HasPrefix(cause, "cron") || strings.HasPrefix(cause, "memory limit")

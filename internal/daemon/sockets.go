@@ -256,8 +256,11 @@ func (a *activation) tidy(name string) {
 		if ok && !supervise.Ended(st) {
 			specs = append(specs, i.spec)
 		}
-		if i.run != nil && !i.run.over() {
-			specs = append(specs, i.run.spec)
+		for _, r := range i.runs {
+			specs = append(specs, r.spec)
+		}
+		if i.candidate != nil {
+			specs = append(specs, i.candidate.spec)
 		}
 		i.mu.Unlock()
 		for _, spec := range specs {
@@ -318,16 +321,6 @@ func (d *Daemon) instancesNamed(name string) []*instance {
 		return slices.Clone(a.instances)
 	}
 	return nil
-}
-
-// over reports whether the run has ended.
-func (r *run) over() bool {
-	select {
-	case <-r.done:
-		return true
-	default:
-		return false
-	}
 }
 
 func dupFile(f *os.File) (int, error) {

@@ -27,8 +27,13 @@ type state struct {
 }
 
 type appState struct {
-	Spec      config.App      `json:"spec"`
-	Gen       int             `json:"gen,omitempty"`
+	Spec config.App `json:"spec"`
+	Gen  int        `json:"gen,omitempty"`
+	// LastGen is the highest that a spec of the app had, Next the spec that is
+	// being tried and has LastGen, nil where none is. A controller that finds
+	// one goes on with it.
+	LastGen   int             `json:"last_gen,omitempty"`
+	Next      *config.App     `json:"next,omitempty"`
 	Instances []instanceState `json:"instances"`
 }
 
@@ -39,6 +44,7 @@ type instanceState struct {
 	Alone    bool      `json:"alone,omitempty"` // made as the only one: its log files carry no id
 	Created  time.Time `json:"created"`
 	Restarts int       `json:"restarts,omitempty"`
+	Gen      int       `json:"gen,omitempty"` // of the spec it has
 	// How it ended for good, where it did.
 	State    client.State `json:"state,omitempty"`
 	LastExit *client.Exit `json:"last_exit,omitempty"`

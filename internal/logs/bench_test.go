@@ -24,7 +24,7 @@ func BenchmarkBlast(b *testing.B) {
 	b.Run("remuda", func(b *testing.B) {
 		for b.Loop() {
 			dir := b.TempDir()
-			m := newManager(b, Options{Relay: func(Source) (*os.File, error) {
+			m := newManager(b, Options{Relay: func(Source, uint64) (*os.File, error) {
 				r, w := pipe(b)
 				w.Close()
 				return r, nil

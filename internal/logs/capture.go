@@ -321,7 +321,7 @@ func (c *Capture) Finish(ctx context.Context) error {
 	relayed := c.relayed
 	c.unlock()
 	if relayed && c.m.o.Unrelay != nil {
-		c.m.o.Unrelay(c.src)
+		c.m.o.Unrelay(c.src, c.pipeIno)
 	}
 	return err
 }

@@ -122,11 +122,12 @@ type Options struct {
 	// Relay is asked for a second pipe for a source that writes very much (see
 	// relay.go): the read end of an empty one of which the caller keeps
 	// another descriptor for whoever comes after this process, to be given to
-	// [Manager.Adopt]. It may be asked again for a source whose run ended.
-	// Unrelay says that the latest one of a source is not needed any more. Both
-	// must not block for long. nil: programs that write much wait more often.
-	Relay   func(Source) (*os.File, error)
-	Unrelay func(Source)
+	// [Manager.Adopt]. pipe is the inode of the source's own pipe, which tells
+	// two runs of one source apart. Unrelay says that it is not needed any
+	// more. Both must not block for long. nil: programs that write much wait
+	// more often.
+	Relay   func(src Source, pipe uint64) (*os.File, error)
+	Unrelay func(src Source, pipe uint64)
 	// Writers is the number of goroutines that write; default 4. They exist
 	// only while there is something to write. A slow disk holds up only the
 	// logs that share its writer.

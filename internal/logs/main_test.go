@@ -41,7 +41,7 @@ func controllerMain() {
 	if err := json.Unmarshal([]byte(os.Getenv("LOGS_TEST_TARGETS")), &t); err != nil {
 		panic(err)
 	}
-	relay := func(src Source) (*os.File, error) {
+	relay := func(src Source, _ uint64) (*os.File, error) {
 		fd, err := unix.FcntlInt(uintptr(3+len(t)+src.ID), unix.F_DUPFD_CLOEXEC, 0)
 		return os.NewFile(uintptr(fd), "relay"), err
 	}
@@ -53,7 +53,7 @@ func controllerMain() {
 	for i := range t {
 		src, pipe := Source{"app", i, Out}, os.NewFile(uintptr(3+i), "pipe")
 		if os.Getenv("LOGS_TEST_ADOPTED") == "1" {
-			y, rerr := relay(src)
+			y, rerr := relay(src, 0)
 			if rerr != nil {
 				panic(rerr)
 			}

@@ -73,7 +73,7 @@ func (c *Capture) wantsRelay() bool {
 // makeRelay gets c a relay; without one it goes on as before.
 func (c *Capture) makeRelay() {
 	c.noRelay = true // it is asked for once
-	f, err := c.m.o.Relay(c.src)
+	f, err := c.m.o.Relay(c.src, c.pipeIno)
 	if err != nil {
 		return
 	}
