@@ -219,6 +219,7 @@ func TestLayersEveryTaskEndsOnce(t *testing.T) {
 					})
 				}
 				wg.Wait()
+				synctest.Wait() // tasks that all their callers have left
 				s := p.Stats()
 				if n := s.Accepted + s.Rejected + s.Poisoned + s.BreakerOpen + s.Cached; n != calls {
 					t.Errorf("%d calls, %d counted: %+v", calls, n, s)

@@ -104,8 +104,12 @@ func judge(r Recent, s setting) Verdict {
 		say(StartBound, "no worker can be started: %s", s.broken)
 		v.Advice = "see why the workers do not start: run their command by hand"
 	case r.Missing >= 0.25 && r.Waiting >= 0.25:
-		say(StartBound, "%s of the workers' time was not there for tasks, which waited %s of the time; %s started, in %s each",
-			percent(r.Missing), percent(r.Waiting), workers(int(r.Start.Count)), round(r.Start.Mean()))
+		started := "no worker got ready in the last " + round(r.Span).String()
+		if r.Start.Count > 0 {
+			started = fmt.Sprintf("%s got ready in the last %s, each in %s", workers(int(r.Start.Count)), round(r.Span), round(r.Start.Mean()))
+		}
+		say(StartBound, "%s of the workers' time was not there for tasks, which waited %s of the time; %s",
+			percent(r.Missing), percent(r.Waiting), started)
 		v.Advice = s.startAdvice(r)
 	case r.IPC.Count > 0 && r.Overhead >= 0.5 && r.Handling <= 0.5 && r.Utilization >= 0.5:
 		handler := r.Run.Mean() - r.IPC.Mean()
@@ -137,6 +141,8 @@ func judge(r Recent, s setting) Verdict {
 func (s setting) startAdvice(r Recent) string {
 	spare := fmt.Sprintf("raise Spares from %d to %d, so that started workers stand by", s.spares, max(2*s.spares, 1))
 	switch {
+	case r.Start.Count == 0 && r.Span >= turnTime:
+		return "see what the workers do before they are ready"
 	case r.Died > r.Recycled && 2*r.Died >= r.Start.Count:
 		return fmt.Sprintf("see why workers die: %s did", workers(int(r.Died)))
 	case 2*r.Recycled >= r.Start.Count && r.Recycled > 0:

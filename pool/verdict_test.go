@@ -36,7 +36,8 @@ func TestVerdictRules(t *testing.T) {
 		{"a task runs, none has ended", Recent{Utilization: 0.5, Waiting: 0.05, Span: time.Second}, fixed, Balanced, "", ""},
 		{"no worker starts", Recent{Missing: 1}, with(func(s *setting) { s.broken = "no such file" }), StartBound, "no such file", "by hand"},
 
-		{"starts", Recent{Missing: 0.25, Waiting: 0.25, Start: times(4, 300*ms)}, fixed, StartBound, "25 % of the workers' time was not there for tasks, which waited 25 % of the time; 4 workers started, in 300ms each", "Spares from 0 to 1"},
+		{"starts", Recent{Missing: 0.25, Waiting: 0.25, Start: times(4, 300*ms), Span: 3 * time.Second}, fixed, StartBound, "25 % of the workers' time was not there for tasks, which waited 25 % of the time; 4 workers got ready in the last 3s, each in 300ms", "Spares from 0 to 1"},
+		{"is slow to start", Recent{Missing: 1, Waiting: 1, Span: 12 * time.Second}, fixed, StartBound, "no worker got ready in the last 12s", "before they are ready"},
 		{"starts, but nothing waits", Recent{Missing: 0.9, Waiting: 0.24, Run: run}, fixed, Balanced, "", ""},
 		{"few starts", Recent{Missing: 0.24, Waiting: 1, Run: run}, fixed, Balanced, "", ""},
 		{"recycles", Recent{Missing: 0.6, Waiting: 0.9, Start: times(20, ms), Recycled: 18}, fixed, StartBound, "", "18 workers recycled: raise MaxTasks"},
