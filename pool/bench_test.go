@@ -88,6 +88,23 @@ func benchmarkDo(b *testing.B, workers, concurrency int) {
 	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "tasks/s")
 }
 
+// A Node program that knows nothing of pools, one task at a time.
+func BenchmarkDo1Node(b *testing.B) {
+	p := newPool(b, Options{Size: 1, Protocol: Node, Command: []string{"node", "-e", "process.on('message', (m) => process.send({n: m.n * 2}))"}})
+	ctx := context.Background()
+	body := []byte(`{"n":1}`)
+	for range 1000 { // until it is compiled
+		if _, err := p.Do(ctx, Task{Body: body}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	for b.Loop() {
+		if _, err := p.Do(ctx, Task{Body: body}); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
 func BenchmarkDo1(b *testing.B)           { benchmarkDo(b, 1, 1) }
 func BenchmarkDo64(b *testing.B)          { benchmarkDo(b, 2, 64) }
 func BenchmarkDo64Workers8(b *testing.B)  { benchmarkDo(b, 8, 64) }
