@@ -20,7 +20,7 @@ type ChannelOptions struct {
 // Channel carries frames over a Unix stream socket, either end of it. One
 // goroutine may call Receive; everything else may be called from any.
 type Channel struct {
-	f    *os.File
+	sock *socket
 	w    *writer
 	in   *inbox
 	r    frameReader
@@ -45,20 +45,16 @@ func Pair() (parent, child *os.File, err error) {
 
 // NewChannel takes over f, a non-blocking socket, unless it fails.
 func NewChannel(f *os.File, o ChannelOptions) (*Channel, error) {
-	w, err := newWriter(f, o.MaxQueued)
+	sock, err := newSocket(f)
 	if err != nil {
 		return nil, err
 	}
-	in, err := newInbox(f)
-	if err != nil {
-		return nil, err
-	}
-	c := &Channel{f: f, w: w, in: in}
+	c := &Channel{sock: sock, w: newWriter(sock, o.MaxQueued), in: newInbox(sock)}
 	c.r.limit = o.MaxFrame
 	if c.r.limit <= 0 {
 		c.r.limit = DefaultMaxFrame
 	}
-	c.r.r = in
+	c.r.r = c.in
 	c.peer.Store(DefaultMaxFrame)
 	return c, nil
 }
@@ -261,11 +257,16 @@ func (c *Channel) Flush(timeout time.Duration) {
 
 // Interrupt ends a Receive that waits, and all later ones that would have to,
 // with an error that is os.ErrDeadlineExceeded.
-func (c *Channel) Interrupt() error { return c.f.SetReadDeadline(time.Unix(1, 0)) }
+func (c *Channel) Interrupt() error { return c.sock.interrupt() }
+
+// Expect is for the one that receives: it tells the next Receive that a frame is
+// likely to come within microseconds. Receive then looks for it without rest, for
+// a short time and where that has paid of late, before it waits.
+func (c *Channel) Expect() { c.in.expected = true }
 
 // Close ends the channel at once, whoever waits in it.
 func (c *Channel) Close() {
 	c.w.fail(ErrClosed)
-	c.f.Close()
+	c.sock.Close()
 	c.in.close()
 }

@@ -139,7 +139,7 @@ func NewFrames(f *os.File, o Options) (Conn, error) {
 		return nil, err
 	}
 	c := &frames{ch: ch, pending: make(map[uint32]*Request)}
-	c.lead.init(&c.mu)
+	c.lead.init(&c.mu, ch.sock)
 	c.subs.init(c, o)
 	return c, nil
 }

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/remuda-dev/remuda/internal/fdpass"
 )
@@ -15,7 +16,7 @@ import (
 // inbox reads a Unix socket and keeps the descriptors that come along until
 // they are taken. One goroutine reads and takes; any may close.
 type inbox struct {
-	rc    syscall.RawConn
+	sock  *socket
 	in    *fdpass.Receiver
 	heard atomic.Uint64
 
@@ -27,6 +28,10 @@ type inbox struct {
 	step func(uintptr) bool
 	// nowait makes Read return errNothing where it would wait.
 	nowait bool
+	// expected makes the next Read look for something without rest, for a
+	// short time, before it waits.
+	expected bool
+	spin     spin
 
 	left atomic.Int32 // len(fds)
 
@@ -35,24 +40,20 @@ type inbox struct {
 	closed bool
 }
 
-func newInbox(f *os.File) (*inbox, error) {
-	rc, err := f.SyscallConn()
-	if err != nil {
-		return nil, fmt.Errorf("ipc: %w", err)
-	}
-	in := &inbox{rc: rc, in: fdpass.NewReceiver(MaxFiles)}
+func newInbox(sock *socket) *inbox {
+	in := &inbox{sock: sock, in: fdpass.NewReceiver(MaxFiles)}
 	in.step = func(fd uintptr) bool {
 		in.n, in.got, in.err = in.in.Receive(fd, in.buf)
 		return in.nowait || in.err != syscall.EAGAIN //nolint:errorlint // it is not wrapped, and here time counts
 	}
-	return in, nil
+	return in
 }
 
 // Read implements io.Reader. ErrProtocol: more descriptors came than messages
 // can have announced.
 func (in *inbox) Read(b []byte) (int, error) {
 	in.buf = b
-	err := in.rc.Read(in.step)
+	err := in.receive()
 	in.buf = nil
 	if in.nowait && err == nil && in.err == syscall.EAGAIN { //nolint:errorlint // as above
 		return 0, errNothing
@@ -78,6 +79,36 @@ func (in *inbox) Read(b []byte) (int, error) {
 		return 0, io.EOF
 	}
 	return in.n, nil
+}
+
+// receive reads once.
+func (in *inbox) receive() error {
+	if in.nowait {
+		return in.sock.look(in.step)
+	}
+	if !in.expected {
+		return in.sock.read(in.step)
+	}
+	in.expected = false
+	if in.spin.skips() {
+		return in.sock.read(in.step)
+	}
+	in.nowait = true
+	defer func() { in.nowait = false }()
+	begin := time.Now()
+	for {
+		if err := in.sock.look(in.step); err != nil || in.err != syscall.EAGAIN { //nolint:errorlint // as above
+			in.spin.paid()
+			in.sock.unpoll()
+			return err
+		}
+		if time.Since(begin) > expectFor {
+			break
+		}
+	}
+	in.spin.failed()
+	in.nowait = false
+	return in.sock.read(in.step)
 }
 
 func (in *inbox) add(fds []int) error {

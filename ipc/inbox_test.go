@@ -42,14 +42,8 @@ func settled(t testing.TB, n int) {
 func TestWriterPassesDescriptors(t *testing.T) {
 	before := openFDs(t)
 	a, b := pair(t)
-	w, err := newWriter(a, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	in, err := newInbox(b)
-	if err != nil {
-		t.Fatal(err)
-	}
+	sa, sb := sock(t, a), sock(t, b)
+	w, in := newWriter(sa, 0), newInbox(sb)
 	const writers, each = 4, 40
 	var wg sync.WaitGroup
 	for g := range writers {
@@ -111,8 +105,8 @@ func TestWriterPassesDescriptors(t *testing.T) {
 		_ = w.queueFDs([]byte("x"), nil, fds)
 		w.fail(ErrClosed)
 	}
-	a.Close()
-	b.Close()
+	sa.Close()
+	sb.Close()
 	in.close()
 	settled(t, before)
 }

@@ -109,6 +109,17 @@ func pair(t testing.TB) (a, b *os.File) {
 	return a, b
 }
 
+// sock takes over f until the end of the test.
+func sock(t testing.TB, f *os.File) *socket {
+	t.Helper()
+	s, err := newSocket(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	return s
+}
+
 // Many writers, and a reader that is slow at first: everything arrives, whole,
 // and each writer's frames in order.
 func TestChannelOrder(t *testing.T) {

@@ -2,7 +2,6 @@ package ipc
 
 import (
 	"errors"
-	"runtime"
 	"sync"
 	"time"
 )
@@ -14,10 +13,33 @@ const (
 	// lendFor is how long the goroutine in Serve leaves the reading to callers
 	// that make no use of it.
 	lendFor = time.Millisecond
-	// maxSkip is how many answers are waited for in the ordinary way after
-	// attempts that came to nothing.
-	maxSkip = 1024
+	// expectFor bounds how long a worker looks for its next task so.
+	expectFor = 30 * time.Microsecond
+	// minSkip to maxSkip are how many messages are waited for in the ordinary
+	// way after attempts that came to nothing.
+	minSkip, maxSkip = 8, 1024
 )
+
+// spin says whether it is worth it to look for a message without rest: where
+// that comes to nothing it is left for twice as many messages each time, so that
+// what it costs in vain comes to nothing too.
+type spin struct{ skip, pause int }
+
+// skips reports whether this message is to be waited for in the ordinary way.
+func (s *spin) skips() bool {
+	if s.skip == 0 {
+		return false
+	}
+	s.skip--
+	return true
+}
+
+func (s *spin) paid() { s.pause /= 2 }
+
+func (s *spin) failed() {
+	s.pause = min(max(2*s.pause, minSkip), maxSkip)
+	s.skip = s.pause
+}
 
 // errNothing: nothing was there to be read, for as long as was waited.
 var errNothing = errors.New("ipc: nothing to read yet")
@@ -50,20 +72,23 @@ const (
 // under way, back as soon as something is that no caller reads for. Only who
 // has the reading may touch what reads.
 type lead struct {
-	mu   *sync.Mutex   // the Conn's
+	mu   *sync.Mutex // the Conn's
+	sock *socket
 	back chan struct{} // Serve is to go on; room for one
 
 	who    reader
-	wanted bool  // a caller would have read
-	used   bool  // one has, of late
-	skip   int   // so many answers are left to Serve
-	pause  int   // what skip was last
+	asked  time.Time // when a caller came last
+	wanted bool      // a caller would have read, soon after the one before
+	used   bool      // one has, of late
+	spin   spin
 	err    error // what a caller read
 
 	mine *Request // the caller's, until it has ended; of the one that reads
 }
 
-func (l *lead) init(mu *sync.Mutex) { l.mu, l.back = mu, make(chan struct{}, 1) }
+func (l *lead) init(mu *sync.Mutex, sock *socket) {
+	l.mu, l.sock, l.back = mu, sock, make(chan struct{}, 1)
+}
 
 // giveBack makes Serve the one that reads; the lock is held.
 func (l *lead) giveBack() {
@@ -97,6 +122,7 @@ func (l *lead) lend(pending func() int) error {
 	}
 	l.who, l.wanted, l.used = free, false, false
 	l.mu.Unlock()
+	l.sock.unpoll()
 	t := time.NewTimer(lendFor)
 	defer t.Stop()
 	for {
@@ -124,10 +150,11 @@ func (l *lead) lend(pending func() int) error {
 func (l *lead) await(r *Request, pending func() int, turn func() error) {
 	l.mu.Lock()
 	switch {
-	case l.who == serving && l.skip > 0:
-		l.skip--
-	case l.who == serving:
-		l.wanted = true
+	case l.who != serving || l.spin.skips():
+	default:
+		now := time.Now()
+		l.wanted = now.Sub(l.asked) < lendFor
+		l.asked = now
 	}
 	if l.who != free || pending() == 0 {
 		l.mu.Unlock()
@@ -143,8 +170,7 @@ func (l *lead) await(r *Request, pending func() int, turn func() error) {
 		l.mine = nil
 		switch {
 		case errors.Is(err, errNothing):
-			l.pause = min(max(2*l.pause, 8), maxSkip)
-			l.skip = l.pause
+			l.spin.failed()
 			l.giveBack()
 		case err != nil:
 			l.err = err
@@ -152,12 +178,12 @@ func (l *lead) await(r *Request, pending func() int, turn func() error) {
 		case pending() > 0:
 			l.giveBack()
 		default:
-			l.pause /= 2
+			l.spin.paid()
 			l.who = free
 		}
 	}()
 	begin := time.Now()
-	for n := 0; l.mine != nil; n++ {
+	for l.mine != nil {
 		e := turn()
 		switch {
 		case e != nil && !errors.Is(e, errNothing):
@@ -167,9 +193,7 @@ func (l *lead) await(r *Request, pending func() int, turn func() error) {
 			err = errNothing // what came was something else, or pieces
 			return
 		}
-		if n > 8 {
-			runtime.Gosched() // others of this process come first
-		}
+		// No runtime.Gosched: it wakes a thread, each time.
 	}
 	err = nil
 }

@@ -130,7 +130,7 @@ func TestAwait(t *testing.T) {
 			// Until it is read so at all: how quick this machine is now is unknown.
 			for i := 0; led.Load() < 100; i++ {
 				l.mu.Lock()
-				l.skip, l.pause = 0, 0
+				l.spin = spin{}
 				l.mu.Unlock()
 				if err := one(true, i); err != nil {
 					t.Fatal(err)
@@ -255,4 +255,106 @@ func (o *onlyLed) End(r *Request, body []byte, err error) {
 	if o.led.Load() > before {
 		panic("receiver")
 	}
+}
+
+// A socket that is polled only while somebody waits: nothing is lost whichever
+// way it is read, and close and interrupt end whoever waits.
+func TestSocket(t *testing.T) {
+	a, b := pair(t)
+	s := sock(t, a)
+	in := newInbox(s)
+	defer in.close()
+	far := sock(t, b)
+	w := newWriter(far, 0)
+	const total = 2000
+	go func() {
+		for i := range total {
+			if err := w.queue([]byte{byte(i)}, nil); err != nil {
+				t.Error(err)
+			}
+			w.flush(false)
+			if rand.IntN(20) == 0 {
+				time.Sleep(time.Duration(rand.IntN(100)) * time.Microsecond)
+			}
+		}
+	}()
+	buf := make([]byte, 7)
+	for got := 0; got < total; {
+		switch rand.IntN(4) {
+		case 0:
+			s.unpoll()
+		case 1:
+			in.expected = true
+		case 2:
+			in.nowait = true
+		}
+		n, err := in.Read(buf)
+		if in.nowait && errors.Is(err, errNothing) {
+			err = nil
+		}
+		in.nowait = false
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, x := range buf[:n] {
+			if x != byte(got) {
+				t.Fatalf("byte %d is %d", got, x)
+			}
+			got++
+		}
+	}
+	// One that waits for room, in a socket that is full.
+	body := bytes.Repeat([]byte{1}, 4<<20)
+	if err := far.base.SetDeadline(time.Time{}); err == nil {
+		t.Error("the base is polled")
+	}
+	if err := w.queue(nil, body); err != nil {
+		t.Fatal(err)
+	}
+	w.flush(false)
+	big := make([]byte, 64<<10)
+	for left := len(body); left > 0; {
+		n, err := in.Read(big)
+		if err != nil {
+			t.Fatal(err)
+		}
+		left -= n
+	}
+	// Interrupted, while it waits and before it does.
+	for _, first := range []bool{false, true} {
+		end := make(chan error, 1)
+		if first {
+			s.unpoll()
+		}
+		go func() {
+			_, err := in.Read(buf)
+			end <- err
+		}()
+		if err := s.interrupt(); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-end; !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("interrupted: %v", err)
+		}
+	}
+	// Closed, while one waits to read and one to write.
+	a, b = pair(t)
+	s, far = sock(t, a), sock(t, b)
+	in2 := newInbox(s)
+	defer in2.close()
+	end := make(chan error, 1)
+	go func() {
+		_, err := in2.Read(buf)
+		end <- err
+	}()
+	w = newWriter(s, 0)
+	if err := w.queue(nil, body); err != nil {
+		t.Fatal(err)
+	}
+	w.flush(false)
+	s.Close()
+	if err := <-end; !errors.Is(err, os.ErrClosed) {
+		t.Errorf("closed: %v", err)
+	}
+	far.Close()
 }

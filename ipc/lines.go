@@ -38,11 +38,11 @@ type lines struct {
 // both unless it fails. An object whose only key is "error" is a failure. A
 // line that answers no task is a violation of the protocol.
 func NewJSONLines(to, from *os.File, o Options) (Conn, error) {
-	w, err := newWriter(to, o.MaxQueued)
+	rc, err := to.SyscallConn()
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("ipc: %w", err)
 	}
-	c := &lines{in: from, out: to, w: w, limit: o.MaxMessage}
+	c := &lines{in: from, out: to, w: newWriter(rc, o.MaxQueued), limit: o.MaxMessage}
 	if c.limit <= 0 {
 		c.limit = DefaultMaxFrame
 	}

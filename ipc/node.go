@@ -52,7 +52,7 @@ var (
 // A message with a handle waits for the program's acknowledgement before
 // anything else is sent, so that the order is kept.
 type NodeConn struct {
-	f         *os.File
+	sock      *socket
 	w         *writer
 	in        *inbox
 	limit     int
@@ -111,22 +111,19 @@ func (h *nodeHandle) close() {
 // a program has Node's word for it as its name: "net.Socket", "net.Server",
 // "net.Native", "dgram.Socket" or "dgram.Native".
 func NewNode(f *os.File, o Options) (*NodeConn, error) {
-	w, err := newWriter(f, o.MaxQueued)
+	sock, err := newSocket(f)
 	if err != nil {
 		return nil, err
 	}
-	in, err := newInbox(f)
-	if err != nil {
-		return nil, err
-	}
-	c := &NodeConn{f: f, w: w, in: in, limit: o.MaxMessage, maxQueued: w.limit, health: o.HealthCheck, onMessage: o.OnMessage, rate: rate{limit: o.MaxUnsolicited}}
+	w, in := newWriter(sock, o.MaxQueued), newInbox(sock)
+	c := &NodeConn{sock: sock, w: w, in: in, limit: o.MaxMessage, maxQueued: w.limit, health: o.HealthCheck, onMessage: o.OnMessage, rate: rate{limit: o.MaxUnsolicited}}
 	if c.limit <= 0 {
 		c.limit = DefaultMaxFrame
 	}
 	if c.rate.limit == 0 {
 		c.rate.limit = DefaultMaxUnsolicited
 	}
-	c.lead.init(&c.mu)
+	c.lead.init(&c.mu, sock)
 	return c, nil
 }
 
@@ -571,9 +568,7 @@ func (c *NodeConn) disconnect() {
 		return
 	}
 	c.w.whenWritten(func() {
-		if rc, err := c.f.SyscallConn(); err == nil {
-			_ = rc.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_WR) })
-		}
+		_ = c.sock.rc.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_WR) }) // closed: just as well
 	})
 }
 
@@ -627,7 +622,7 @@ func (c *NodeConn) closeLocked() {
 	}
 	c.closed = true
 	c.w.fail(ErrClosed)
-	c.f.Close()
+	c.sock.Close()
 	c.in.close()
 	if c.handle != nil {
 		c.handle.handle.close()

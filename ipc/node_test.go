@@ -23,7 +23,7 @@ import (
 // program is the other end of a Node channel, played by the test.
 type program struct {
 	t   testing.TB
-	f   *os.File
+	s   *socket
 	in  *inbox
 	buf *bufio.Reader
 }
@@ -36,10 +36,8 @@ func node(t testing.TB, o Options) (conn *NodeConn, p *program, served chan erro
 	if err != nil {
 		t.Fatal(err)
 	}
-	in, err := newInbox(b)
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := sock(t, b)
+	in := newInbox(s)
 	t.Cleanup(in.close)
 	if err := b.SetDeadline(time.Now().Add(time.Minute)); err != nil {
 		t.Fatal(err)
@@ -47,7 +45,7 @@ func node(t testing.TB, o Options) (conn *NodeConn, p *program, served chan erro
 	served = make(chan error, 1)
 	go func() { served <- conn.Serve(nil) }()
 	t.Cleanup(conn.Close)
-	return conn, &program{t, b, in, bufio.NewReader(in)}, served
+	return conn, &program{t, s, in, bufio.NewReader(in)}, served
 }
 
 // line returns the next line.
@@ -72,10 +70,7 @@ func (p *program) want(lines ...string) {
 // send writes s with descriptors, in one system call.
 func (p *program) send(s string, files ...*os.File) {
 	p.t.Helper()
-	w, err := newWriter(p.f, 0)
-	if err != nil {
-		p.t.Fatal(err)
-	}
+	w := newWriter(p.s, 0)
 	fds, err := fdpass.Dup(files)
 	if err != nil {
 		p.t.Fatal(err)
@@ -354,7 +349,7 @@ func TestNodeViolations(t *testing.T) {
 			if c.wire != "" {
 				p.send(c.wire, c.files...)
 			}
-			rc, err := p.f.SyscallConn()
+			rc, err := p.s.base.SyscallConn()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -365,7 +360,7 @@ func TestNodeViolations(t *testing.T) {
 			if len(e.got) != 1 {
 				t.Errorf("ends: %q", e.got)
 			}
-			p.f.Close()
+			p.s.Close()
 			closeFiles(req.Got)
 			settled(t, before)
 		})
@@ -725,9 +720,10 @@ func FuzzNode(f *testing.F) {
 		}
 		conn.Ping()
 		wrote := make(chan struct{})
+		s := sock(t, b)
 		go func() {
 			defer close(wrote)
-			p := &program{t: t, f: b}
+			p := &program{t: t, s: s}
 			files := slices.Repeat([]*os.File{w}, int(files%24))
 			if len(one) > 0 {
 				p.send(string(one), files...)
@@ -735,14 +731,11 @@ func FuzzNode(f *testing.F) {
 			if len(two) > 0 {
 				p.send(string(two))
 			}
-			rc, err := b.SyscallConn()
-			if err == nil {
-				_ = rc.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_WR) })
-			}
+			_ = s.rc.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_WR) })
 		}()
 		_ = conn.Serve(nil)
 		<-wrote
-		b.Close()
+		s.Close()
 		r.Close()
 		w.Close()
 		if len(e.got) != len(reqs) {

@@ -36,7 +36,7 @@ type segment struct {
 // descriptor does not take at once is left to a goroutine that ends with it.
 // So a lone message costs one system call and no switch, and many share one.
 type writer struct {
-	rc    syscall.RawConn
+	rc    rawWriter
 	limit int
 
 	mu      sync.Mutex
@@ -58,18 +58,19 @@ type writer struct {
 	step func(uintptr) bool
 }
 
-func newWriter(f *os.File, limit int) (*writer, error) {
-	rc, err := f.SyscallConn()
-	if err != nil {
-		return nil, fmt.Errorf("ipc: %w", err)
-	}
+// rawWriter is that part of a syscall.RawConn.
+type rawWriter interface {
+	Write(step func(fd uintptr) bool) error
+}
+
+func newWriter(rc rawWriter, limit int) *writer {
 	if limit <= 0 {
 		limit = DefaultMaxQueued
 	}
 	w := &writer{rc: rc, limit: limit}
 	w.room.L = &w.mu
 	w.step = w.writeStep
-	return w, nil
+	return w
 }
 
 // queue puts head and body at the end of what is to be written. head is copied;

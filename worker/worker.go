@@ -155,7 +155,7 @@ func OpenFile(f *os.File, h Handlers) (*Worker, error) {
 	}
 	s := &server{
 		ch: ch, handlers: h, tasks: make(map[uint32]context.CancelFunc),
-		topics: ipc.NewTopics(), names: make(map[string]int), over: make(chan error, 1),
+		topics: ipc.NewTopics(), names: make(map[string]int), over: make(chan error, 1), spins: runtime.GOMAXPROCS(0) > 1,
 	}
 	s.turn.init(s)
 	// First of all, whatever is published before Serve; it is sent by Serve.
@@ -275,6 +275,10 @@ const (
 	flushTimeout = 5 * time.Second
 	// busyFrom is from how many tasks at a time on answers are gathered.
 	busyFrom = 4
+	// expectAfter is after how many quick tasks that came one by one the next
+	// is looked for without rest: with more callers the processor is of better
+	// use elsewhere.
+	expectAfter = 32
 )
 
 type server struct {
@@ -296,6 +300,8 @@ type server struct {
 
 	// Of the one that reads.
 	greeted, stopping bool
+	spins             bool // there is a processor to look for tasks with
+	lone              int  // tasks in a row that were quick and alone
 	held              bool // answers wait for those to what else has come
 }
 
@@ -421,6 +427,7 @@ func (s *server) begin(t *Task, timeout time.Duration, more bool) error {
 	alone := s.count.Add(1) == 1 && !more
 	s.running.Add(1)
 	if !s.turn.quick(alone) {
+		s.lone = 0
 		s.release()
 		go s.run(ctx, cancel, t)
 		return nil
@@ -429,7 +436,15 @@ func (s *server) begin(t *Task, timeout time.Duration, more bool) error {
 		s.held = true
 		s.ch.Hold()
 	}
-	return s.turn.run(func() { s.run(ctx, cancel, t) })
+	if err := s.turn.run(func() { s.run(ctx, cancel, t) }); err != nil {
+		return err
+	}
+	if !alone {
+		s.lone = 0
+	} else if s.lone++; s.lone > expectAfter && s.spins {
+		s.ch.Expect()
+	}
+	return nil
 }
 
 // release sends the answers that were held.
