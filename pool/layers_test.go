@@ -234,7 +234,7 @@ func TestLayersEveryTaskEndsOnce(t *testing.T) {
 					t.Error("Close:", err)
 				}
 				synctest.Wait()
-				if s := p.Stats(); s.Running != 0 || s.Cache.Entries != 0 || len(p.cache.flights) != 0 || p.open != 0 || log.live != 0 {
+				if s := p.Stats(); s.Running != 0 || p.use.busy != 0 || p.use.up != 0 || s.Cache.Entries != 0 || len(p.cache.flights) != 0 || p.open != 0 || log.live != 0 {
 					t.Errorf("left: %+v, %+v, %d open, %d workers live", s, s.Cache, p.open, log.live)
 				}
 			})
