@@ -637,7 +637,7 @@ func (p *Pool) finish(c *call, err error) {
 		c.res.Wait = now.Sub(c.asked)
 	}
 	if c.attempts > 0 {
-		p.use.ran(c.res.Wait, c.res.Run, c.took)
+		p.use.ran(c.res.Wait, c.res.Run, c.took, len(c.task.Body)+len(c.res.Body))
 	}
 	p.stats.count(err)
 	p.open--

@@ -37,6 +37,7 @@ type sums struct {
 	waited   time.Duration // while any task waits
 	told     time.Duration // on workers, by tasks whose workers told their own time
 	took     time.Duration // what they told
+	moved    uint64        // bytes of all tasks that ended on a worker, and of their results
 	died     uint64        // workers
 	recycled uint64
 }
@@ -45,7 +46,7 @@ func (s sums) minus(o sums) sums {
 	return sums{
 		elapsed: s.elapsed - o.elapsed, want: s.want - o.want, up: s.up - o.up, busy: s.busy - o.busy,
 		taken: s.taken - o.taken, waited: s.waited - o.waited, told: s.told - o.told, took: s.took - o.took,
-		died: s.died - o.died, recycled: s.recycled - o.recycled,
+		moved: s.moved - o.moved, died: s.died - o.died, recycled: s.recycled - o.recycled,
 	}
 }
 
@@ -57,8 +58,9 @@ func (u *usage) change(now time.Time, busy, up int) {
 }
 
 // ran books a task that ended on a worker. took is what the worker said that its
-// handler took, 0 where it said nothing.
-func (u *usage) ran(wait, run, took time.Duration) {
+// handler took, 0 where it said nothing; bytes are those of task and result.
+func (u *usage) ran(wait, run, took time.Duration, bytes int) {
+	u.sums.moved += uint64(bytes)
 	u.wait.add(wait)
 	u.run.add(run)
 	if took > 0 && took < ipc.MaxTook {
@@ -107,7 +109,9 @@ func (u *usage) add(now time.Time) {
 // recent says what became of the time lately. Each worker has so many places.
 func (u *usage) recent(places int) Recent {
 	s := u.sums.minus(u.before)
+	run := u.run.recent()
 	return Recent{
+		Bytes:       s.moved / max(run.Count, 1),
 		Span:        s.elapsed,
 		Utilization: share(s.taken, s.up*time.Duration(places)),
 		Missing:     share(s.want-s.up, s.want),
@@ -115,7 +119,7 @@ func (u *usage) recent(places int) Recent {
 		Overhead:    share(s.told-s.took, s.told),
 		Handling:    share(s.took, s.busy),
 		Died:        s.died, Recycled: s.recycled,
-		Wait: u.wait.recent(), Run: u.run.recent(), IPC: u.ipc.recent(), Start: u.start.recent(),
+		Wait: u.wait.recent(), Run: run, IPC: u.ipc.recent(), Start: u.start.recent(),
 	}
 }
 

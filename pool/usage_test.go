@@ -31,7 +31,7 @@ func TestUsageModel(t *testing.T) {
 			}
 			u.advance(now)
 			if rapid.Bool().Draw(t, "task") {
-				u.ran(time.Second, 2*time.Second, time.Second)
+				u.ran(time.Second, 2*time.Second, time.Second, 7)
 				ended = append(ended, int64(len(past)))
 			}
 			up := rapid.IntRange(0, 3).Draw(t, "up")
@@ -53,6 +53,7 @@ func TestUsageModel(t *testing.T) {
 			}
 			for _, at := range ended {
 				if at >= from {
+					s.moved += 7
 					s.told += 2 * time.Second
 					s.took += time.Second
 				}
@@ -65,7 +66,7 @@ func TestUsageModel(t *testing.T) {
 		from := max(int64(len(past))/turn-1, 0) * turn
 		s := sum(from)
 		got, w := u.recent(places), Recent{
-			Span: s.elapsed, Utilization: share(s.taken, s.up*time.Duration(places)), Missing: share(s.want-s.up, s.want),
+			Bytes: min(s.moved, 7), Span: s.elapsed, Utilization: share(s.taken, s.up*time.Duration(places)), Missing: share(s.want-s.up, s.want),
 			Waiting: share(s.waited, s.elapsed), Overhead: share(s.told-s.took, s.told), Handling: share(s.took, s.busy),
 		}
 		if n := uint64(s.told / (2 * time.Second)); got.Run.Count != n || got.IPC.Count != n || got.Wait.Count != n {

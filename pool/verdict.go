@@ -70,8 +70,9 @@ type Recent struct {
 	Overhead float64 `json:"overhead"`
 	Handling float64 `json:"handling"`
 
-	Died     uint64 `json:"died"`     // workers that ended without being asked to
-	Recycled uint64 `json:"recycled"` // workers replaced by MaxTasks, MaxAge or MaxMemory
+	Bytes    uint64 `json:"bytes_per_task"` // of a task and its result together, on average
+	Died     uint64 `json:"died"`           // workers that ended without being asked to
+	Recycled uint64 `json:"recycled"`       // workers replaced by MaxTasks, MaxAge or MaxMemory
 
 	// Wait, Run, IPC and Start are as in Stats.
 	Wait  Times `json:"wait"`
@@ -116,6 +117,9 @@ func judge(r Recent, s setting) Verdict {
 		say(IPCBound, "of %s that a task was on a worker its handler took %s; workers computed %s of the time that they had tasks",
 			round(r.Run.Mean()), round(max(handler, 0)), percent(r.Handling))
 		v.Advice = "put more work into each task"
+		if r.Bytes >= 64<<10 {
+			v.Advice = fmt.Sprintf("move less than the %d KiB of each task and result: send names of files, or Files", r.Bytes>>10)
+		}
 		if s.concurrency == 1 && s.protocol == Frames {
 			v.Advice += ", or raise Concurrency from 1 to 8 so that messages overlap"
 		}

@@ -47,6 +47,7 @@ func TestVerdictRules(t *testing.T) {
 		{"messages", Recent{Overhead: 0.5, Handling: 0.5, Utilization: 0.5, Run: times(9, 40*time.Microsecond), IPC: times(9, 30*time.Microsecond)}, fixed, IPCBound, "of 40µs that a task was on a worker its handler took 10µs; workers computed 50 %", "raise Concurrency from 1 to 8"},
 		{"messages, many a worker", Recent{Overhead: 0.9, Handling: 0.1, Utilization: 1, Waiting: 1, IPC: run, Run: run}, with(func(s *setting) { s.concurrency = 8 }), IPCBound, "", "put more work into each task"},
 		{"messages wait for a busy worker", Recent{Overhead: 0.9, Handling: 0.98, Utilization: 1, Waiting: 1, IPC: run, Run: run}, fixed, WorkersSaturated, "", ""},
+		{"large messages", Recent{Overhead: 0.9, Handling: 0.1, Utilization: 1, Bytes: 3 << 20, IPC: run, Run: run}, fixed, IPCBound, "", "less than the 3072 KiB"},
 		{"messages, few tasks", Recent{Overhead: 0.9, Handling: 0.1, Utilization: 0.49, IPC: run, Run: run}, fixed, QueueStarved, "", ""},
 		{"small share of messages", Recent{Overhead: 0.49, Handling: 0.5, Utilization: 1, Waiting: 1, IPC: run, Run: run}, fixed, WorkersSaturated, "", ""},
 		{"workers do not tell", Recent{Overhead: 0, Handling: 0, Utilization: 1, Waiting: 1, Run: run}, fixed, WorkersSaturated, "", ""},
@@ -226,7 +227,7 @@ func TestStatsJSON(t *testing.T) {
 	for _, want := range []string{
 		"size", "up", "busy", "queued", "blocked", "running", "accepted", "done", "failed", "timed_out", "cancelled", "lost",
 		"rejected", "breaker_open", "cached", "retried", "died", "recycled", "age_ns", "utilization", "wait.p50_ns", "run.p999_ns",
-		"ipc.count", "start.max_ns", "recent.span_ns", "recent.utilization", "recent.wait.total_ns", "verdict.bottleneck",
+		"ipc.count", "start.max_ns", "recent.span_ns", "recent.utilization", "recent.bytes_per_task", "recent.wait.total_ns", "verdict.bottleneck",
 		"verdict.reason", "breaker.state", "breaker.retry_after_ns", "cache.hits", "cache.bytes",
 	} {
 		if !slices.Contains(names, want) {
@@ -254,6 +255,6 @@ func BenchmarkUsage(b *testing.B) {
 		now = now.Add(time.Microsecond)
 		u.change(now, 1, 0)
 		u.change(now, -1, 0)
-		u.ran(1, 2, 1)
+		u.ran(1, 2, 1, 1)
 	}
 }
