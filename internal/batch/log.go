@@ -11,6 +11,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -36,13 +37,15 @@ type Log struct {
 
 	sums   []uint32 // of the tasks, by number, from 1 at 0
 	states []uint8
-	held   map[int64]span // results that wait in the spool
 	last   *runRecord
 	end    int64 // of the results as far as the log goes, -1 where they are not known
 	gone   int64 // tasks whose results are in the log and not in the results' file
 
-	spool    *os.File
+	mu       sync.Mutex     // guards what follows from the one that reads tasks
+	held     map[int64]span // results that wait in the spool
 	spoolEnd int64
+
+	spool    *os.File
 	spoolLow int64 // what is below has been given back
 	spoolAim int64 // when it has grown so far there may be something to give back
 	spoolBuf bytes.Buffer
@@ -114,8 +117,10 @@ func identify(f *os.File) (*fileID, int64, error) {
 // Bounds of a job log, so that one that is none cannot take all memory.
 const (
 	maxLogLine = 64 << 10
-	// A task is begun at most so long before another one that ends later.
-	maxAhead = 1 << 20
+	// More tasks are never under way or waiting to be written.
+	maxAhead = maxWindow + 2*maxHeld
+	// So long a lock is waited for.
+	lockWait = 300 * time.Millisecond
 	// So much the spool may grow before room in it is given back.
 	spoolKeep = 16 << 20
 
@@ -159,7 +164,14 @@ func (l *Log) open(results *os.File) error {
 	if id, _, err := identify(l.f); err != nil || id == nil {
 		return badLog("", "the job log %s is not a regular file", l.path)
 	}
-	if err := unix.Flock(int(l.f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	err := unix.Flock(int(l.f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	// A run that was killed while it started a worker: the lock lasts until that
+	// has been executed.
+	for end := time.Now().Add(lockWait); errors.Is(err, unix.EWOULDBLOCK) && time.Now().Before(end); {
+		time.Sleep(10 * time.Millisecond)
+		err = unix.Flock(int(l.f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	}
+	if err != nil {
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			return badLog("Give each run a log of its own, or wait until the other has ended.", "the job log %s is in use by another `remuda pool run`", l.path)
 		}
@@ -186,36 +198,43 @@ func (l *Log) open(results *os.File) error {
 	if _, l.spoolEnd, err = identify(spool); err != nil {
 		return err
 	}
-	return l.read(id, size)
+	good, err := l.read(l.f, id, size)
+	if err != nil {
+		return err
+	}
+	if err := l.f.Truncate(good); err != nil {
+		return fmt.Errorf("cannot cut off the torn last line of the job log: %w", err)
+	}
+	return nil
 }
 
-// read takes in what earlier runs have logged and cuts off a torn last line.
-func (l *Log) read(results *fileID, size int64) error {
-	in := bufio.NewReaderSize(l.f, maxLogLine)
-	var good int64
+// read takes in what earlier runs have logged, in a file that begins with good
+// bytes of whole lines. results has size bytes.
+func (l *Log) read(from io.Reader, results *fileID, size int64) (good int64, err error) {
+	in := bufio.NewReaderSize(from, maxLogLine)
 	same := false // results are the file of the run that is read
 	for n := 1; ; n++ {
 		line, err := in.ReadSlice('\n')
 		if errors.Is(err, io.EOF) {
 			if n == 1 && len(line) > 0 && !strings.HasPrefix(logBegins, string(line[:min(len(line), len(logBegins))])) {
-				return l.notOurs()
+				return 0, l.notOurs()
 			}
 			break
 		}
 		var r record
 		switch {
 		case errors.Is(err, bufio.ErrBufferFull):
-			return l.broken(n)
+			return 0, l.broken(n)
 		case err != nil:
-			return fmt.Errorf("cannot read the job log %s: %w", l.path, err)
+			return 0, fmt.Errorf("cannot read the job log %s: %w", l.path, err)
 		case json.Unmarshal(line, &r) != nil || r.Run == nil && (n == 1 || !l.take(&r, same, size)):
 			if n == 1 {
-				return l.notOurs()
+				return 0, l.notOurs()
 			}
-			return l.broken(n)
+			return 0, l.broken(n)
 		}
 		if n == 1 && !l.resume {
-			return badLog(fmt.Sprintf("--resume goes on where it stopped. To begin anew, remove %s.", l.path), "the job log %s is there already", l.path)
+			return 0, badLog(fmt.Sprintf("--resume goes on where it stopped. To begin anew, remove %s.", l.path), "the job log %s is there already", l.path)
 		}
 		good += int64(len(line))
 		if r.Run != nil {
@@ -226,14 +245,11 @@ func (l *Log) read(results *fileID, size int64) error {
 			}
 		}
 	}
-	if same && l.end > 0 && size == 0 {
-		return badLog("A resumed run appends: use --results FILE, or >> instead of > in the shell. To begin anew, remove "+l.path+".",
+	if same && l.gone > 0 && size == 0 {
+		return 0, badLog("A resumed run appends: use --results FILE, or >> instead of > in the shell. To begin anew, remove "+l.path+".",
 			"the results that the job log %s speaks of are gone: the file is empty", l.path)
 	}
-	if err := l.f.Truncate(good); err != nil {
-		return fmt.Errorf("cannot cut off the torn last line of the job log: %w", err)
-	}
-	return nil
+	return good, nil
 }
 
 func (l *Log) notOurs() error {
@@ -249,8 +265,8 @@ func (l *Log) take(r *record, same bool, size int64) bool {
 	if r.Seq < 1 || r.Seq > int64(len(l.sums))+maxAhead || r.End == nil && r.Held == nil {
 		return false
 	}
-	for int64(len(l.sums)) < r.Seq {
-		l.sums, l.states = append(l.sums, 0), append(l.states, 0)
+	if n := r.Seq - int64(len(l.sums)); n > 0 {
+		l.sums, l.states = append(l.sums, make([]uint32, n)...), append(l.states, make([]uint8, n)...)
 	}
 	state := &l.states[r.Seq-1]
 	if r.OK != nil {
@@ -313,6 +329,8 @@ func (l *Log) state(seq int64) (sum uint32, state uint8) {
 // waiting reads the result of a task from the spool. ok is false where it is not
 // there any more, after a power cut, say.
 func (l *Log) waiting(seq int64) (b []byte, ok bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	at, ok := l.held[seq]
 	if !ok || at.At < 0 || at.Len < 0 || at.At > l.spoolEnd-at.Len {
 		return nil, false
@@ -345,6 +363,8 @@ func (l *Log) begin(tag string, command []string, results *os.File) error {
 
 // wrote logs that a task's result is written, up to end.
 func (l *Log) wrote(it *item, end int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	if it.logged {
 		encode(&l.buf, record{Seq: it.out.Seq, End: &end})
 		delete(l.held, it.out.Seq)
@@ -357,6 +377,8 @@ func (l *Log) wrote(it *item, end int64) {
 
 // hold logs that a task has ended whose result has to wait.
 func (l *Log) hold(it *item) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	at := span{l.spoolEnd + int64(l.spoolBuf.Len()), int64(len(it.line)), sum(it.line)}
 	l.spoolBuf.Write(it.line)
 	l.held[it.out.Seq] = at
@@ -400,6 +422,8 @@ func (l *Log) commit(sync bool) error {
 }
 
 func (l *Log) write(sync bool) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	if l.spoolBuf.Len() > 0 {
 		n, err := l.spool.WriteAt(l.spoolBuf.Bytes(), l.spoolEnd)
 		l.spoolEnd += int64(n)
