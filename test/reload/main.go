@@ -61,7 +61,7 @@ type server struct {
 	name, run, more string
 }
 
-func names() []string { return []string{"node", "node-signals", "go", "python"} }
+func names() []string { return []string{"node", "node-signals", "go", "go-reuseport", "python"} }
 
 func servers(goServer string) []server {
 	here, examples := filepath.Join(harness.Root(), "test", "reload", "testdata"), filepath.Join(harness.Root(), "examples", "sockets")
@@ -70,6 +70,7 @@ func servers(goServer string) []server {
 		{"node", "node " + filepath.Join(here, "plain.js"), cluster},
 		{"node-signals", "node " + filepath.Join(here, "signals.js"), cluster},
 		{"go", goServer, handed},
+		{"go-reuseport", goServer, `sockets: {listen: "127.0.0.1:%s", reuseport: true}`},
 		{"python", "python3 " + filepath.Join(examples, "server.py"), handed},
 	}
 }
