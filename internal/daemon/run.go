@@ -211,7 +211,7 @@ func (i *instance) spawn(ctx context.Context, as origin, a supervise.Attempt) (_
 	}
 	ps.Files = []*os.File{nil, outW, errW}
 	ps.Keep = map[string]*os.File{keptOut: outR, keptErr: errR}
-	listen, err := i.sockets(spec, &ps)
+	listen, err := i.sockets(ctx, spec, &ps)
 	if err != nil {
 		return nil, err
 	}

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -32,7 +33,12 @@ type activation struct {
 	mu      sync.Mutex
 	settled bool                                // who needs what is known
 	open    map[string]map[string]*activeSocket // by app's prefix and key
+	freed   chan struct{}                       // closed when one is given back, and made anew
 }
+
+// freeWait is how long a start waits for an address that the app's runs of an
+// earlier spec still have.
+const freeWait = 15 * time.Second
 
 // activeSocket is an open socket of an app. activation.mu guards it.
 type activeSocket struct {
@@ -223,6 +229,61 @@ func (a *activation) close(prefix, key string) {
 	ctx, cancel := context.WithTimeout(context.Background(), keeperWait)
 	defer cancel()
 	_ = a.d.keeper.Drop(ctx, prefix+key)
+	if a.freed != nil {
+		close(a.freed)
+		a.freed = nil
+	}
+}
+
+// next is closed when a socket, of whichever app, is given back from now on.
+func (a *activation) next() <-chan struct{} {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.freed == nil {
+		a.freed = make(chan struct{})
+	}
+	return a.freed
+}
+
+// outdated reports whether the app has sockets open that spec has no more.
+func (a *activation) outdated(spec config.App) bool {
+	list := a.d.instancesNamed(spec.Name)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	old := maps.Clone(a.open[activePrefix(spec.Name)])
+	for _, s := range spec.Sockets {
+		for _, i := range list {
+			delete(old, socketKey(s, i.index))
+		}
+	}
+	return len(old) > 0
+}
+
+// whenFree is of, which waits for an address that runs of an earlier spec of
+// the app still have.
+func (a *activation) whenFree(ctx context.Context, i *instance, spec config.App, cred *proc.Credential) ([]*os.File, error) {
+	ctx, cancel := context.WithTimeout(ctx, freeWait)
+	defer cancel()
+	for {
+		freed := a.next()
+		files, err := a.of(i, spec, cred)
+		if !errors.Is(err, unix.EADDRINUSE) {
+			return files, err
+		}
+		select {
+		case <-freed: // meanwhile
+			continue
+		default:
+		}
+		if !a.outdated(spec) {
+			return nil, err
+		}
+		select {
+		case <-freed:
+		case <-ctx.Done():
+			return nil, err
+		}
+	}
 }
 
 // drop closes those of an app that are useless. a.mu is held.
@@ -337,12 +398,12 @@ func dupFile(f *os.File) (int, error) {
 
 // sockets puts the sockets of the app behind the descriptors that ps has, which
 // are 0 to 2. The files are the caller's to close.
-func (i *instance) sockets(spec config.App, ps *proc.Spec) ([]*os.File, error) {
+func (i *instance) sockets(ctx context.Context, spec config.App, ps *proc.Spec) ([]*os.File, error) {
 	i.d.sockets.tidy(i.app) // what is open of an earlier spec may be in the way
 	if len(spec.Sockets) == 0 {
 		return nil, nil
 	}
-	files, err := i.d.sockets.of(i, spec, ps.Credential)
+	files, err := i.d.sockets.whenFree(ctx, i, spec, ps.Credential)
 	if err != nil {
 		return nil, err
 	}

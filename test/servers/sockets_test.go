@@ -203,6 +203,21 @@ apps:
 		t.Errorf("events: %s", out)
 	}
 
+	// Of several instances those that are first wait until the others have
+	// given up the address.
+	at := s.freePort()
+	for _, sockets := range []string{"0.0.0.0:" + at, "127.0.0.1:" + at, "{listen: \"127.0.0.1:" + at + "\", reuseport: true}", "127.0.0.1:" + at} {
+		file, err := s.h.Write("three.yaml", fmt.Sprintf("apps:\n  three:\n    run: sleep 1000\n    instances: 3\n    sockets: %s\n", sockets))
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.must("up", "-f", file)
+		if out := s.must("events"); strings.Contains(out, "start-failed") {
+			t.Errorf("with %s: %s", sockets, out)
+		}
+	}
+	s.must("delete", "three")
+
 	// Another user's program: its socket's file is its own, and it need not be
 	// able to reach the program remuda.
 	if os.Getuid() == 0 {
