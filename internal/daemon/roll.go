@@ -44,7 +44,7 @@ func sideBySide(old, fresh config.App) bool {
 	}
 	for _, a := range old.Sockets {
 		for _, b := range fresh.Sockets {
-			if a.Listen == b.Listen && a.ReusePort != b.ReusePort {
+			if collide(a, b) {
 				return false
 			}
 		}

@@ -63,6 +63,20 @@ func socketKey(s config.Socket, index int) string {
 	return s.Listen
 }
 
+// collide reports whether the kernel refuses one of two sockets while the other
+// is open, which is not the same one.
+func collide(a, b config.Socket) bool {
+	if a.Listen == b.Listen {
+		return a.ReusePort != b.ReusePort
+	}
+	network, at, _, err := a.Address()
+	other, bt, _, berr := b.Address()
+	if err != nil || berr != nil || network != other || at.Port() != bt.Port() || a.ReusePort && b.ReusePort {
+		return false
+	}
+	return at.Addr().IsUnspecified() || bt.Addr().IsUnspecified()
+}
+
 // inherit takes the sockets out of what the keeper had stored.
 func (a *activation) inherit(stored map[string]*os.File) {
 	a.open = map[string]map[string]*activeSocket{}
