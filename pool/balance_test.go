@@ -72,14 +72,14 @@ func TestReady(t *testing.T) {
 func TestRing(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		r := ring{seed: maphash.MakeSeed()}
-		n := rapid.IntRange(2, 20).Draw(t, "workers")
+		n := rapid.IntRange(2, 12).Draw(t, "workers")
 		workers := make([]*worker, n)
 		for i := range workers {
 			workers[i] = &worker{slot: &slot{n: i}}
 			r.add(workers[i])
 		}
 		all := func(*worker) bool { return true }
-		const keys = 500
+		const keys = 200
 		owners := func() (o [keys]*worker) {
 			for i := range o {
 				o[i] = r.find(fmt.Sprint("key", i), all)

@@ -75,7 +75,8 @@ func (l *workerList) remove(w *worker) {
 
 // Scale sets the bounds of the pool's size, from now on; both the same make the
 // size fixed. Workers that are too many get no more tasks and end when they
-// have none. It does not wait for that.
+// have none. It does not wait for that. For Exec it counts processes. Errors:
+// [ErrClosed], or what is wrong with the bounds.
 func (p *Pool) Scale(least, most int) error {
 	if least < 1 || most < least || most > maxWorkers {
 		return fmt.Errorf("pool: a size of %d to %d workers: 1 to %d are possible", least, most, maxWorkers)

@@ -357,7 +357,7 @@ func TestSuspects(t *testing.T) {
 				}
 			}
 		}
-		for range rapid.IntRange(1, 2*maxSuspects).Draw(t, "steps") {
+		for range rapid.IntRange(1, maxSuspects+200).Draw(t, "steps") {
 			name := fmt.Sprint(rapid.IntRange(0, maxSuspects+50).Draw(t, "name"))
 			c := &call{task: Task{Name: name}}
 			if rapid.IntRange(0, 9).Draw(t, "op") == 0 {
