@@ -17,12 +17,13 @@ const (
 	FormatProcfile = "procfile" // Procfile
 )
 
-// File is what one file asks for: complete, valid apps in the order of the
-// file, and the groups some of them belong to.
+// File is what one file asks for: complete, valid apps and pools in the order of
+// the file, and the groups some of the apps belong to.
 type File struct {
 	Path   string // absolute; "" where the bytes came from elsewhere
 	Format string // FormatRemuda, FormatPM2 or FormatProcfile
 	Apps   []App
+	Pools  []Pool
 	Groups []Group
 	Daemon Daemon
 }
@@ -171,6 +172,9 @@ func Parse(ctx context.Context, name string, data []byte, opts LoadOptions) (*Fi
 		for i := range f.Apps {
 			f.Apps[i].Source = ""
 		}
+		for i := range f.Pools {
+			f.Pools[i].Source = ""
+		}
 	}
 	return f, warnings, err
 }
@@ -303,25 +307,20 @@ func remudaPosition(root *node, f *File, s setProblem) (line, col int) {
 	return line, col
 }
 
-// only keeps the apps of these names, and the groups they are in.
+// only keeps the apps and pools of these names, and the groups they are in.
 func (f *File) only(names []string) error {
 	names = splitOnly(names)
 	if len(names) == 0 {
 		return nil
 	}
-	var kept []App
 	p := problems{file: f.Path}
 	for _, name := range names {
-		if !slices.ContainsFunc(f.Apps, func(a App) bool { return a.Name == name }) {
-			p.at(0, 0, "there is no app %q in the file%s", name, orElse(didYouMean(name, appNames(f.Apps)), "; it has "+oneLine(strings.Join(appNames(f.Apps), ", "))))
+		if !slices.Contains(appNames(f.Apps), name) && !slices.Contains(poolNames(f.Pools), name) {
+			p.at(0, 0, "%s", f.noSuch(name))
 		}
 	}
-	for _, a := range f.Apps {
-		if slices.Contains(names, a.Name) {
-			kept = append(kept, a)
-		}
-	}
-	f.Apps = kept
+	f.Apps = slices.DeleteFunc(f.Apps, func(a App) bool { return !slices.Contains(names, a.Name) })
+	f.Pools = slices.DeleteFunc(f.Pools, func(p Pool) bool { return !slices.Contains(names, p.Name) })
 	return p.err()
 }
 

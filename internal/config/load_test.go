@@ -367,6 +367,12 @@ func TestSchemaIsCurrent(t *testing.T) {
 		"apps: {a: {cwd: x}}":                                                                               false,
 		"foo: 1\napps: {}":                                                                                  false,
 		"apps: {a: {run: x, env_production: {A: 1}, env_file: [a, {path: b, required: false}]}}":            true,
+		"namespace: a":       false,
+		"pools: {a: worker}": true,
+		"pools: {a: {run: x, min: 1, max: max, breaker: true, cache: {ttl: 1m}, logs: {out: none}, timeout: 3s}}": true,
+		"pools: {a: {run: x, breaker: {rate: 50%}}}":                                                              true,
+		"pools: {a: {run: x, balance: fair}}":                                                                     false,
+		"pools: {a: {size: 2}}":                                                                                   false,
 	} {
 		n, err := parseYAML("x", []byte(body))
 		if err != nil {

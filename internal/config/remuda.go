@@ -18,6 +18,7 @@ type remudaFile struct {
 	Env       envMap                 `json:"env,omitempty" jsonschema_description:"Variables for all apps; an app's own go over them."`
 	EnvFile   envFiles               `json:"env_file,omitempty" jsonschema_description:".env files for all apps, and for ${NAME} in this file."`
 	Apps      map[string]remudaApp   `json:"apps,omitempty" null:"ok" jsonschema_description:"The apps by name. A string or list is the command alone."`
+	Pools     map[string]remudaPool  `json:"pools,omitempty" null:"ok" jsonschema_description:"Pools of workers that the daemon keeps, by name. A string or list is the command of a worker alone."`
 	Groups    map[string]remudaGroup `json:"groups,omitempty" null:"ok" jsonschema_description:"Apps whose restarts concern each other, by name."`
 	Logs      *remudaLogs            `json:"logs,omitempty" jsonschema_description:"Log settings for all apps; an app's own go over them."`
 }
@@ -301,9 +302,9 @@ func (l *remudaLoader) load(root *node) *File {
 	// .env files come first: what they define, ${NAME} anywhere may use.
 	shared := l.variables(root, nil, "")
 	l.lookup = l.chain(shared)
-	// Apps are decoded one by one, each with its own variables.
+	// Apps and pools are decoded one by one, each with its own variables.
 	top := *root
-	top.fields = slices.DeleteFunc(slices.Clone(root.fields), func(f field) bool { return f.key == "apps" })
+	top.fields = slices.DeleteFunc(slices.Clone(root.fields), func(f field) bool { return f.key == "apps" || f.key == "pools" })
 	l.into(&top, &rf, "")
 	if rf.Version != nil && *rf.Version != 1 {
 		l.on(root.get("version"), "version %d of the format is not known; this program reads version 1", *rf.Version)
@@ -311,6 +312,7 @@ func (l *remudaLoader) load(root *node) *File {
 	f.Daemon.Logs = l.logs(defaultLogs(), rf.Logs, "logs")
 	apps := root.get("apps")
 	switch {
+	case (apps == nil || apps.kind == kNull) && len(pools(root)) > 0:
 	case apps == nil || apps.kind == kNull:
 		l.on(root, "the file has no apps; write apps: and below it NAME: COMMAND")
 	case apps.kind != kMap:
@@ -320,11 +322,20 @@ func (l *remudaLoader) load(root *node) *File {
 			f.Apps = append(f.Apps, l.app(entry, &rf, shared, f.Daemon.Logs))
 		}
 	}
+	l.pools(root.get("pools"), &rf, shared, f)
 	l.groups(root.get("groups"), &rf, f)
 	if l.opts.Env != "" && !l.envKnown && len(l.list) == 0 {
 		l.warn(nil, "env", fmt.Sprintf("no app has env_%s, which --env %s asks for", l.opts.Env, l.opts.Env))
 	}
 	return f
+}
+
+// pools are the entries of the pools of a file.
+func pools(root *node) []field {
+	if n := root.get("pools"); n != nil {
+		return n.fields
+	}
+	return nil
 }
 
 func (l *remudaLoader) warn(n *node, key, text string) {
@@ -626,6 +637,11 @@ func (l *remudaLoader) watch(a *App, r *remudaWatch) {
 
 // command fills in what runs, from the words of run.
 func (l *remudaLoader) command(a *App, argv []string, shell bool, n *node) {
+	l.program("app "+clip(a.Name), a, argv, shell, n)
+}
+
+// program is command for what is called who in messages.
+func (l *remudaLoader) program(who string, a *App, argv []string, shell bool, n *node) {
 	a.Command = slices.Clone(argv)
 	if shell {
 		a.Script, a.Interpreter = argv[2], "/bin/sh"
@@ -638,10 +654,10 @@ func (l *remudaLoader) command(a *App, argv []string, shell bool, n *node) {
 	if l.opts.NoCheck {
 		return
 	}
-	what := "app " + clip(a.Name) + ": run"
+	what := who + ": run"
 	if err := checkDir(a.Cwd); err != nil {
 		line, col := find(n, "cwd", n.line, n.col)
-		l.at(line, col, "app %s: cwd: %v", clip(a.Name), err)
+		l.at(line, col, "%s: cwd: %v", who, err)
 		return
 	}
 	if filepath.IsAbs(a.Command[0]) {

@@ -27,7 +27,7 @@ func Schema() ([]byte, error) {
 	s.ID = "https://remuda.dev/schema/remuda.schema.json"
 	s.Title = "remuda.yaml"
 	s.Description = "Apps for Remuda to run. Values may have ${NAME} and ${NAME:-default}, replaced from the caller's environment and .env files; $$ is one $."
-	s.Required = []string{"apps"}
+	s.AnyOf = []*jsonschema.Schema{{Required: []string{"apps"}}, {Required: []string{"pools"}}}
 	s.PatternProperties = map[string]*jsonschema.Schema{"^x-": jsonschema.TrueSchema}
 	// What may be written in a shorter way than its mapping.
 	short := func(name string, forms ...*jsonschema.Schema) error {
@@ -44,8 +44,15 @@ func Schema() ([]byte, error) {
 	}
 	str := func() *jsonschema.Schema { return &jsonschema.Schema{Type: "string"} }
 	list := func() *jsonschema.Schema { return &jsonschema.Schema{Type: "array", Items: scalarSchema()} }
+	if pool, ok := s.Definitions["Pool"]; ok {
+		pool.Required = []string{"run"}
+		pool.PatternProperties = map[string]*jsonschema.Schema{envKey: schemaOf(reflect.TypeFor[envMap]())}
+	}
 	for name, forms := range map[string][]*jsonschema.Schema{
 		"App":     {str(), list()},
+		"Pool":    {str(), list()},
+		"Breaker": {{Type: "boolean"}},
+		"Cache":   {{Type: "boolean"}},
 		"Restart": {{Type: "string", Enum: []any{"always", "on-failure", "never"}}},
 		"Backoff": {{Const: false}},
 		"Stop":    {str()},
@@ -67,6 +74,12 @@ func schemaName(t reflect.Type) string {
 	switch t {
 	case reflect.TypeFor[remudaApp]():
 		return "App"
+	case reflect.TypeFor[remudaPool]():
+		return "Pool"
+	case reflect.TypeFor[remudaBreaker]():
+		return "Breaker"
+	case reflect.TypeFor[remudaCache]():
+		return "Cache"
 	case reflect.TypeFor[remudaGroup]():
 		return "Group"
 	case reflect.TypeFor[remudaLogs]():
@@ -101,6 +114,8 @@ func schemaOf(t reflect.Type) *jsonschema.Schema {
 		return one(&jsonschema.Schema{Type: "string", Examples: []any{"500ms", "1.5s", "2m"}}, &jsonschema.Schema{Type: "number", Minimum: "0", Description: "Milliseconds."})
 	case reflect.TypeFor[byteSize]():
 		return one(&jsonschema.Schema{Type: "string", Examples: []any{"300M", "1.5GB"}}, &jsonschema.Schema{Type: "number", Minimum: "0", Description: "Bytes."})
+	case reflect.TypeFor[share]():
+		return one(&jsonschema.Schema{Type: "string", Examples: []any{"50%"}}, &jsonschema.Schema{Type: "number", Minimum: "0", Maximum: "1"})
 	case reflect.TypeFor[instances](), reflect.TypeFor[id](), reflect.TypeFor[octal](), reflect.TypeFor[listenText](), reflect.TypeFor[tcpTarget](), reflect.TypeFor[surge]():
 		return one(str, &jsonschema.Schema{Type: "integer"})
 	case reflect.TypeFor[words](), reflect.TypeFor[stringList]():
