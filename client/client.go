@@ -40,6 +40,12 @@ var ErrNoTarget = errors.New("no such app")
 type Error struct {
 	Status int    // HTTP status
 	Detail string // what went wrong, with which input, and what to do
+
+	// Of tasks of pools: what kind of failure it is, and where the worker
+	// reported it, its own code and data (JSON).
+	Kind TaskKind
+	Code string
+	Data json.RawMessage
 }
 
 func (e *Error) Error() string { return e.Detail }
@@ -182,8 +188,9 @@ func (c *Client) Down(ctx context.Context, source string) (ActResult, error) {
 
 // Saved is what save wrote.
 type Saved struct {
-	Path string `json:"path"`
-	Apps int    `json:"apps"`
+	Path  string `json:"path"`
+	Apps  int    `json:"apps"`
+	Pools int    `json:"pools,omitempty"`
 }
 
 // Save writes the present apps to the dump file that resurrect reads.
@@ -285,13 +292,21 @@ func (c *Client) Events(ctx context.Context, after uint64, follow bool, targets 
 }
 
 func (c *Client) do(ctx context.Context, method, path string, query url.Values, body any) (*http.Response, error) {
+	if body == nil {
+		return c.send(ctx, method, path, query, "", nil)
+	}
+	b, err := json.Marshal(body)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return c.send(ctx, method, path, query, "application/json", b)
+}
+
+// send is do for a body as it is; without a content type there is none.
+func (c *Client) send(ctx context.Context, method, path string, query url.Values, contentType string, body []byte) (*http.Response, error) {
 	var r io.Reader
-	if body != nil {
-		b, err := json.Marshal(body)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", path, err)
-		}
-		r = bytes.NewReader(b)
+	if contentType != "" {
+		r = bytes.NewReader(body)
 	}
 	u := "http://remuda" + path
 	if len(query) > 0 {
@@ -304,8 +319,8 @@ func (c *Client) do(ctx context.Context, method, path string, query url.Values, 
 	if !timeless(path) {
 		req.Header.Set(HeaderAPI, strconv.Itoa(API))
 	}
-	if body != nil {
-		req.Header.Set("Content-Type", "application/json")
+	if contentType != "" {
+		req.Header.Set("Content-Type", contentType)
 	}
 	resp, err := c.http.Do(req)
 	for end := time.Now().Add(betweenControllers); err != nil && c.restarting(err, method == http.MethodGet) && time.Now().Before(end); {
@@ -395,6 +410,9 @@ func refusal(resp *http.Response) error {
 	var p struct {
 		Title  string
 		Detail string
+		Kind   TaskKind
+		Code   string
+		Data   json.RawMessage
 		Errors []struct {
 			Message  string
 			Location string
@@ -417,7 +435,7 @@ func refusal(resp *http.Response) error {
 	if len(more) > 0 {
 		p.Detail += ": " + strings.Join(more, "; ")
 	}
-	return &Error{Status: resp.StatusCode, Detail: p.Detail}
+	return &Error{Status: resp.StatusCode, Detail: p.Detail, Kind: p.Kind, Code: p.Code, Data: p.Data}
 }
 
 func call[T any](ctx context.Context, c *Client, method, path string, query url.Values, body any) (T, error) {

@@ -128,17 +128,19 @@ type MessageRequest struct {
 // StartRequest adds apps, or brings ones of the same name to a new spec, and
 // starts them.
 type StartRequest struct {
-	Apps []AppSpec `json:"apps"`
+	Apps  []AppSpec  `json:"apps"`
+	Pools []PoolSpec `json:"pools,omitempty"`
 	// Force adds a further app under a name that is taken (PM2's --force).
 	Force bool `json:"force,omitempty"`
 }
 
 // UpRequest makes what runs of one source file equal the file.
 type UpRequest struct {
-	Source string    `json:"source"` // apps of this source that are not in Apps are deleted
-	Apps   []AppSpec `json:"apps"`
-	Groups []Group   `json:"groups,omitempty"`
-	DryRun bool      `json:"dry_run,omitempty"`
+	Source string     `json:"source"` // apps and pools of this source that are not given are deleted
+	Apps   []AppSpec  `json:"apps"`
+	Pools  []PoolSpec `json:"pools,omitempty"`
+	Groups []Group    `json:"groups,omitempty"`
+	DryRun bool       `json:"dry_run,omitempty"`
 }
 
 // Group is a restart strategy over several apps.
@@ -146,16 +148,18 @@ type Group = config.Group
 
 // Change is one line of the difference that up applies.
 type Change struct {
-	App    string   `json:"app"`
-	Action string   `json:"action"`           // "add" | "change" | "scale" | "remove" | "none"
+	App    string   `json:"app"`              // or the pool
+	Pool   bool     `json:"pool,omitempty"`   // it is about a pool
+	Action string   `json:"action"`           // "add" | "change" | "scale" | "start" | "remove" | "none"
 	Fields []string `json:"fields,omitempty"` // for change: "env.PORT: 80 → 81", …
 }
 
-// ActResult is what became of each instance an action touched.
+// ActResult is what became of each instance and pool an action touched.
 type ActResult struct {
-	Instances []Outcome `json:"instances"`
-	Changes   []Change  `json:"changes,omitempty"`
-	Warnings  []string  `json:"warnings,omitempty"`
+	Instances []Outcome     `json:"instances"`
+	Pools     []PoolOutcome `json:"pools,omitempty"`
+	Changes   []Change      `json:"changes,omitempty"`
+	Warnings  []string      `json:"warnings,omitempty"`
 }
 
 // Outcome is one instance after an action; Error says in words why what was
@@ -184,6 +188,7 @@ type Info struct {
 	Home               string    `json:"home"`
 	Instances          int       `json:"instances"`
 	Online             int       `json:"online"`
+	Pools              int       `json:"pools,omitempty"`
 	Cgroup             string    `json:"cgroup"` // "v2", "v2 without controllers + v1 memory", "none: …"
 	Warnings           []string  `json:"warnings,omitempty"`
 }

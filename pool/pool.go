@@ -370,6 +370,14 @@ func (p *Pool) broken() error {
 	return ErrNoWorkers
 }
 
+// Err says why no worker can be had, nil where one can or may yet. It is what
+// Do returns at once then.
+func (p *Pool) Err() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.broken()
+}
+
 // assign gives c to w; the caller sends it when it has let go of the lock.
 func (p *Pool) assign(w *worker, c *call) {
 	p.unlist(w)

@@ -43,6 +43,10 @@ type Daemon interface {
 	Resurrect(context.Context) (client.ActResult, error)
 	Upgrade(ctx context.Context, binary string) error
 	Kill(context.Context) error
+	Pools(targets []client.Target, specs, secrets bool) ([]client.Pool, error)
+	ActPools(context.Context, client.ActRequest) (client.ActResult, error)
+	ScalePool(ctx context.Context, pool, to string) (client.ActResult, error)
+	Do(ctx context.Context, pool string, t client.PoolTask) (client.PoolResult, error)
 	Logs(context.Context, client.LogQuery) (iter.Seq2[client.LogLine, error], error)
 	Events(ctx context.Context, after uint64, follow bool, targets []client.Target) (iter.Seq2[client.Event, error], error)
 }
@@ -118,6 +122,8 @@ func Handler(d Daemon, version string) http.Handler {
 	post(a, "kill", "/v1/kill", "Stop every app and end the daemon", func(ctx context.Context, _ struct{}) (struct{}, error) {
 		return struct{}{}, d.Kill(ctx)
 	})
+
+	pools(a, d)
 
 	type logQuery struct {
 		TargetQuery

@@ -138,7 +138,7 @@ func validatePool(p *Pool) []fieldProblem {
 		v.span(path, d)
 	}
 	v.check(p.StartTimeout > 0, "start_timeout", "start_timeout: must be more than 0")
-	v.check(p.Heartbeat == 0 || p.Protocol == "frames", "heartbeat", "heartbeat needs the protocol frames, not %s", clip(p.Protocol))
+	v.check(p.Heartbeat == 0 || p.Protocol == "frames" || p.Protocol == "node", "heartbeat", "heartbeat needs the protocol frames or node, not %s", clip(p.Protocol))
 	v.check(p.MaxMemory >= 0, "max_memory", "max_memory: %d is negative", p.MaxMemory)
 	v.check(p.MaxMessage >= 1024 && p.MaxMessage <= maxPoolMessage, "max_message", "max_message: %d bytes is not from 1K to 256M", p.MaxMessage)
 	if b := p.Breaker; b != nil {
@@ -213,7 +213,7 @@ type remudaPool struct {
 	MaxTasks     int       `json:"max_tasks,omitempty" jsonschema:"minimum=0" jsonschema_description:"Replace a worker after this many tasks; 0 for never. Default: 0."`
 	MaxAge       *Duration `json:"max_age,omitempty" jsonschema_description:"Replace a worker that is this old; 0 for never. Default: 0."`
 	MaxMemory    byteSize  `json:"max_memory,omitempty" jsonschema_description:"Replace a worker when it and its children use more: 300M."`
-	Heartbeat    *Duration `json:"heartbeat,omitempty" jsonschema_description:"Ask a worker that holds tasks and is silent for a sign of life this often (frames only); 0 for never. Default: 0."`
+	Heartbeat    *Duration `json:"heartbeat,omitempty" jsonschema_description:"Ask a worker that holds tasks and is silent for a sign of life this often (frames and node); 0 for never. Default: 0."`
 	MaxMessage   *byteSize `json:"max_message,omitempty" jsonschema_description:"The largest task or answer. Default: 64M."`
 
 	Breaker *remudaBreaker `json:"breaker,omitempty" jsonschema_description:"Refuse tasks for a while when too many fail: true, or a mapping."`

@@ -121,7 +121,7 @@ func TestPoolMistakes(t *testing.T) {
 		{"concurrency", "pools:\n  a: {run: sh, concurrency: 0}\n", `concurrency: 0 is not from 1 to 65536`},
 		{"exec processes", "pools:\n  a: {run: sh, protocol: exec, size: 100, concurrency: 100}\n", `100 for each of 100 workers are more than 4096 processes`},
 		{"exec memory", "pools:\n  a: {run: sh, protocol: exec, max_memory: 1M}\n", `max_memory needs workers that stay`},
-		{"heartbeat", "pools:\n  a: {run: sh, protocol: jsonl, heartbeat: 1s}\n", `heartbeat needs the protocol frames, not "jsonl"`},
+		{"heartbeat", "pools:\n  a: {run: sh, protocol: jsonl, heartbeat: 1s}\n", `heartbeat needs the protocol frames or node, not "jsonl"`},
 		{"duration", "pools:\n  a: {run: sh, timeout: soon}\n", `"soon" is not a duration`},
 		{"negative", "pools:\n  a: {run: sh, grace: -1s}\n", `-1s is negative`},
 		{"retries", "pools:\n  a: {run: sh, retries: -1}\n", `retries: -1 is not from 0 to 1000`},

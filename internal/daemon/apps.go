@@ -47,6 +47,7 @@ func (d *Daemon) Info() client.Info {
 		}
 	}
 	d.mu.Lock()
+	info.Pools = len(d.pools)
 	info.Warnings = slices.Clone(d.warnings)
 	d.mu.Unlock()
 	return info
@@ -63,7 +64,7 @@ func (d *Daemon) List(targets []client.Target) ([]client.Instance, error) {
 
 // views are instances with what they use.
 func (d *Daemon) views(chosen []*instance) []client.Instance {
-	usage := d.sampler.usage(d.all())
+	usage := d.sampler.usage(d.all(), d.allPools())
 	out := make([]client.Instance, len(chosen))
 	for n, i := range chosen {
 		out[n] = view(i, usage)
@@ -137,9 +138,10 @@ func (d *Daemon) Start(ctx context.Context, req client.StartRequest) (client.Act
 	if err != nil {
 		return client.ActResult{}, err
 	}
+	pools := d.carryOut(ctx, &w.pools)
 	out := d.settle(ctx, w.touched, w.begin)
 	err = d.discard(ctx, w.surplus)
-	return client.ActResult{Instances: out, Warnings: d.unsaved(nil)}, err
+	return client.ActResult{Instances: out, Pools: pools, Warnings: d.unsaved(nil)}, err
 }
 
 // work is what a command has begun and goes on with when others may begin
@@ -149,6 +151,7 @@ type work struct {
 	touched []*instance // to be looked at until they have settled
 	surplus []*instance // to be deleted when they have stopped
 	rolls   []*roll     // to be run
+	pools   poolPlan
 }
 
 func (d *Daemon) startLocked(ctx context.Context, req client.StartRequest) (work, error) {
@@ -156,7 +159,12 @@ func (d *Daemon) startLocked(ctx context.Context, req client.StartRequest) (work
 	defer d.act.Unlock()
 	w := work{begin: time.Now()}
 	apps := slices.Clone(req.Apps)
-	if err := d.admit(apps, nil, req.Force); err != nil {
+	if len(apps) > 0 || len(req.Pools) == 0 {
+		if err := d.admit(apps, nil, req.Force); err != nil {
+			return w, err
+		}
+	}
+	if err := d.admitPools(req.Pools, apps); err != nil {
 		return w, err
 	}
 	var added, again []*instance
@@ -182,13 +190,17 @@ func (d *Daemon) startLocked(ctx context.Context, req client.StartRequest) (work
 		again = append(again, without(old, surplus)...)
 	}
 	wanted := d.ask(again)
+	w.pools.renew = true // as for apps
+	d.putPools(&w.pools, req.Pools, func(*managedPool, config.Pool) bool { return true })
 	if err := d.store.save(); err != nil {
+		d.undoPools(&w.pools)
 		d.undo(ctx, added)
 		for n, i := range again {
 			i.setWant(wanted[n])
 		}
 		return w, refuse(http.StatusInsufficientStorage, "nothing was started: the state cannot be saved: %v", err)
 	}
+	d.readyPools(&w.pools)
 	if err := d.supervise(ctx, added); err != nil {
 		return w, err
 	}
@@ -320,7 +332,7 @@ func (d *Daemon) admit(apps []config.App, groups []config.Group, force bool) err
 
 func (d *Daemon) freeName(name string) string {
 	free := name
-	for n := 2; d.apps[free] != nil; n++ {
+	for n := 2; d.apps[free] != nil || d.pools[free] != nil; n++ {
 		free = fmt.Sprintf("%s-%d", name, n)
 	}
 	return free
@@ -458,7 +470,11 @@ func (d *Daemon) Act(ctx context.Context, req client.ActRequest) (client.ActResu
 			return client.ActResult{}, refuse(http.StatusUnprocessableEntity, "%v", err)
 		}
 	}
-	chosen, err := d.chosen(req.Targets)
+	chosen, pools, err := d.chosenAll(req.Targets)
+	if err != nil {
+		return client.ActResult{}, err
+	}
+	acted, err := d.actPools(ctx, pools, req)
 	if err != nil {
 		return client.ActResult{}, err
 	}
@@ -480,10 +496,14 @@ func (d *Daemon) Act(ctx context.Context, req client.ActRequest) (client.ActResu
 	case client.VerbReopen:
 		d.logs.Reopen(d.logFiles(chosen)...)
 		out = d.outcomes(chosen)
+	case client.VerbDrain:
+		if len(chosen) > 0 {
+			err = refuse(http.StatusUnprocessableEntity, "only pools can be drained, not the app %s", quoted(chosen[0].app))
+		}
 	default:
 		err = refuse(http.StatusUnprocessableEntity, "unknown verb %s", quoted(string(req.Verb)))
 	}
-	return client.ActResult{Instances: out, Warnings: d.unsaved(nil)}, err
+	return client.ActResult{Instances: out, Pools: acted, Warnings: d.unsaved(nil)}, err
 }
 
 func (d *Daemon) outcomes(list []*instance) []client.Outcome {
@@ -820,10 +840,11 @@ func (d *Daemon) Signal(_ context.Context, req client.SignalRequest) (client.Act
 	if err != nil {
 		return client.ActResult{}, refuse(http.StatusUnprocessableEntity, "%v", err)
 	}
-	chosen, err := d.chosen(req.Targets)
+	chosen, pools, err := d.chosenAll(req.Targets)
 	if err != nil {
 		return client.ActResult{}, err
 	}
+	signalled := d.signalPools(pools, sig)
 	out := d.outcomes(chosen)
 	for n, i := range chosen {
 		st, _ := i.sup.Status(i.name)
@@ -836,11 +857,17 @@ func (d *Daemon) Signal(_ context.Context, req client.SignalRequest) (client.Act
 			out[n].Error = err.Error()
 		}
 	}
-	return client.ActResult{Instances: out}, nil
+	return client.ActResult{Instances: out, Pools: signalled}, nil
 }
 
 // Scale implements [api.Daemon].
 func (d *Daemon) Scale(ctx context.Context, req client.ScaleRequest) (client.ActResult, error) {
+	d.mu.Lock()
+	isPool := d.pools[req.App] != nil
+	d.mu.Unlock()
+	if isPool {
+		return d.ScalePool(ctx, req.App, req.To)
+	}
 	a, w, err := d.scaleLocked(req)
 	if err != nil {
 		return client.ActResult{}, err
@@ -865,7 +892,7 @@ func (d *Daemon) scaleLocked(req client.ScaleRequest) (*app, work, error) {
 	}
 	d.mu.Unlock()
 	if a == nil {
-		return nil, w, refuse(http.StatusNotFound, "no app is called %s%s", quoted(req.App), nearest(req.App, d.all()))
+		return nil, w, refuse(http.StatusNotFound, "no app is called %s%s", quoted(req.App), nearest(req.App, d.names()))
 	}
 	n, err := scaleTo(req.To, len(a.instances))
 	if err != nil {
@@ -948,6 +975,7 @@ func (d *Daemon) Up(ctx context.Context, req client.UpRequest) (client.ActResult
 	if req.DryRun {
 		return client.ActResult{Changes: changes}, err
 	}
+	pools := d.carryOut(ctx, &w.pools)
 	settled := d.rollUp(ctx, &w)
 	if err != nil {
 		return client.ActResult{Changes: changes}, err
@@ -962,17 +990,27 @@ func (d *Daemon) Up(ctx context.Context, req client.UpRequest) (client.ActResult
 			mine = append(mine, i)
 		}
 	}
-	return client.ActResult{Changes: changes, Instances: d.merged(mine, settled), Warnings: d.unsaved(nil)}, nil
+	return client.ActResult{Changes: changes, Instances: d.merged(mine, settled), Pools: pools, Warnings: d.unsaved(nil)}, nil
 }
 
 func (d *Daemon) upLocked(ctx context.Context, req client.UpRequest) ([]client.Change, work, error) {
 	d.act.Lock()
 	defer d.act.Unlock()
 	w := work{begin: time.Now()}
-	if err := d.admit(req.Apps, req.Groups, false); err != nil {
+	if len(req.Apps) > 0 || len(req.Pools) == 0 {
+		if err := d.admit(req.Apps, req.Groups, false); err != nil {
+			return nil, w, err
+		}
+	}
+	if err := d.admitPools(req.Pools, req.Apps); err != nil {
 		return nil, w, err
 	}
 	changes, gone, moved, err := d.compare(req)
+	if err != nil {
+		return changes, w, err
+	}
+	poolChanges, gonePools, err := d.comparePools(req)
+	changes = append(changes, poolChanges...)
 	if err != nil || req.DryRun {
 		return changes, w, err
 	}
@@ -1049,13 +1087,16 @@ func (d *Daemon) upLocked(ctx context.Context, req client.UpRequest) ([]client.C
 		}
 	}
 	wanted := d.ask(again)
+	d.planUp(&w.pools, req, poolChanges, gonePools)
 	if err := d.store.save(); err != nil {
+		d.undoPools(&w.pools)
 		d.undo(ctx, added)
 		for n, i := range again {
 			i.setWant(wanted[n])
 		}
 		return changes, w, refuse(http.StatusInsufficientStorage, "nothing new was started: the state cannot be saved: %v", err)
 	}
+	d.readyPools(&w.pools)
 	if err := d.each(gone, func(s *supervise.Supervisor, names []string) error { return s.Stop("up", names...) }); err != nil {
 		return changes, w, err
 	}
@@ -1193,11 +1234,19 @@ func (d *Daemon) Down(ctx context.Context, source string) (client.ActResult, err
 		}
 		i.mu.Unlock()
 	}
-	if source == "" || len(mine) == 0 {
+	pools := d.allPools()
+	d.mu.Lock()
+	pools = slices.DeleteFunc(pools, func(p *managedPool) bool { return p.spec.Source != source })
+	d.mu.Unlock()
+	if source == "" || len(mine) == 0 && len(pools) == 0 {
 		return client.ActResult{}, refuse(http.StatusNotFound, "nothing runs from %s", quoted(source))
 	}
 	out, err := d.remove(ctx, mine, "")
-	return client.ActResult{Instances: out, Warnings: d.unsaved(nil)}, err
+	if err != nil {
+		return client.ActResult{}, err
+	}
+	ended, err := d.actPools(ctx, pools, client.ActRequest{Verb: client.VerbDelete})
+	return client.ActResult{Instances: out, Pools: ended, Warnings: d.unsaved(nil)}, err
 }
 
 // dump is the file of save and resurrect.
@@ -1206,13 +1255,13 @@ func (d *Daemon) dumpPath() string { return filepath.Join(d.home, "dump.json") }
 // Save implements [api.Daemon].
 func (d *Daemon) Save(_ context.Context, force bool) (client.Saved, error) {
 	st := d.snapshot()
-	if len(st.Apps) == 0 && !force {
+	if len(st.Apps)+len(st.Pools) == 0 && !force {
 		return client.Saved{}, refuse(http.StatusConflict, "there is nothing to save; --force writes the empty list")
 	}
 	if err := writeJSON(d.dumpPath(), st); err != nil {
 		return client.Saved{}, refuse(http.StatusInsufficientStorage, "%v", err)
 	}
-	return client.Saved{Path: d.dumpPath(), Apps: len(st.Apps)}, nil
+	return client.Saved{Path: d.dumpPath(), Apps: len(st.Apps), Pools: len(st.Pools)}, nil
 }
 
 // Resurrect implements [api.Daemon].
@@ -1228,7 +1277,8 @@ func (d *Daemon) Resurrect(ctx context.Context) (client.ActResult, error) {
 	if err != nil {
 		return client.ActResult{}, err
 	}
-	return client.ActResult{Instances: append(d.settle(ctx, w.touched, w.begin), d.outcomes(known)...), Warnings: d.unsaved(nil)}, nil
+	pools := d.carryOut(ctx, &w.pools)
+	return client.ActResult{Instances: append(d.settle(ctx, w.touched, w.begin), d.outcomes(known)...), Pools: pools, Warnings: d.unsaved(nil)}, nil
 }
 
 func (d *Daemon) resurrectLocked(ctx context.Context, st state) (w work, known []*instance, err error) {
@@ -1247,10 +1297,16 @@ func (d *Daemon) resurrectLocked(ctx context.Context, st state) (w work, known [
 		}
 		fresh, specs = append(fresh, as), append(specs, as.Spec)
 	}
-	if len(fresh) == 0 {
+	pools := d.freshPools(st.Pools)
+	if len(fresh) == 0 && len(pools) == 0 {
 		return w, known, nil
 	}
-	if err := d.admit(specs, st.Groups, false); err != nil {
+	if len(fresh) > 0 {
+		if err := d.admit(specs, st.Groups, false); err != nil {
+			return w, nil, err
+		}
+	}
+	if err := d.admitPools(poolSpecs(pools), specs); err != nil {
 		return w, nil, err
 	}
 	d.addGroups(st.Groups)
@@ -1263,7 +1319,10 @@ func (d *Daemon) resurrectLocked(ctx context.Context, st state) (w work, known [
 		}
 		w.touched = append(w.touched, list...)
 	}
+	d.putPools(&w.pools, poolSpecs(pools), nil) // which are all new
+	d.resurrectPools(pools)
 	d.saveOrWarn()
+	d.readyPools(&w.pools)
 	return w, known, d.supervise(ctx, w.touched)
 }
 

@@ -83,6 +83,8 @@ type Daemon struct {
 	order     []string // of apps, as they were added
 	instances map[int]*instance
 	nextID    int
+	pools     map[string]*managedPool // nil as long as there are none
+	poolOrder []string
 	groups    []config.Group
 	sups      map[string]*supervise.Supervisor // by group, "" is the root
 	warnings  []string
@@ -90,6 +92,8 @@ type Daemon struct {
 	strays   atomic.Int32  // sd_notify messages that fit nothing yet
 	ending   atomic.Bool   // the daemon was asked to end with everything
 	frozen   atomic.Bool   // what shall run is not to change any more
+	halt     chan struct{} // closed when pools start nothing any more
+	haltOnce sync.Once
 	quit     chan struct{} // closed when the controller shall end and leave the rest as it is
 	quitOnce sync.Once
 }
@@ -180,6 +184,7 @@ func newDaemon(o Options, k *keeper.Client, inv *keeper.Inventory) (*Daemon, err
 		keeper:    k, gone: k.Done(), bus: newBus(), versions: &packageVersions{},
 		apps: map[string]*app{}, instances: map[int]*instance{}, nextID: st.NextID, sups: map[string]*supervise.Supervisor{},
 		quiet: time.AfterFunc(quietFor, keeper.GiveBack),
+		halt:  make(chan struct{}),
 		quit:  make(chan struct{}), notifyPath: "@remuda-" + Tag(o.Home),
 	}
 	d.hardMemory = inv.Memory != "" && !strings.HasPrefix(inv.Memory, "none")
@@ -255,6 +260,7 @@ func (d *Daemon) serve(ctx context.Context) error {
 			}
 			return d.afterKeeper()
 		case <-d.quit:
+			d.leavePools()
 			endStreams()
 			return d.leave(srv)
 		case s := <-signals:
@@ -362,6 +368,9 @@ func (d *Daemon) endAll(ctx context.Context, forget bool) {
 			i.want = false
 			i.mu.Unlock()
 		}
+		for _, p := range d.pools {
+			p.want = false
+		}
 		d.mu.Unlock()
 		if err := d.store.save(); err != nil {
 			d.log.Error("state", "error", err)
@@ -369,12 +378,14 @@ func (d *Daemon) endAll(ctx context.Context, forget bool) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
+	d.endPools(nil)
 	if err := d.supervisorOf("").Shutdown(ctx); err != nil { // its groups with it
 		d.log.Warn("stopping everything", "error", err)
 	}
 	d.mu.Lock()
 	if forget {
 		d.apps, d.instances, d.order, d.nextID, d.groups = map[string]*app{}, map[int]*instance{}, nil, 0, nil
+		d.pools, d.poolOrder = nil, nil
 	}
 	d.mu.Unlock()
 	if forget {
@@ -393,11 +404,16 @@ func (d *Daemon) endAll(ctx context.Context, forget bool) {
 // restore brings back what shall run, joined with what does.
 func (d *Daemon) restore(st state, inv *keeper.Inventory) {
 	running := map[int][]adoptee{}
+	var workers []adoptee
 	for _, a := range inv.Processes {
 		var l label
 		if err := json.Unmarshal(a.Label(), &l); err != nil {
 			d.log.Error("a run without a readable label is ended", "key", a.Key(), "error", err)
 			l.ID = -1
+		}
+		if l.Pool {
+			workers = append(workers, adoptee{Adopted: a, label: l})
+			continue
 		}
 		running[l.ID] = append(running[l.ID], adoptee{Adopted: a, label: l})
 	}
@@ -407,6 +423,7 @@ func (d *Daemon) restore(st state, inv *keeper.Inventory) {
 	}
 	d.clusters.inherit(relays)
 	d.sockets.inherit(relays)
+	d.restorePools(st.Pools, workers, relays)
 	d.addGroups(st.Groups)
 	type pair struct {
 		i *instance
@@ -644,6 +661,8 @@ func (d *Daemon) onTrouble(t logs.Trouble) {
 	d.mu.Unlock()
 	if i != nil {
 		i.onTrouble(t)
+	} else if p := d.poolByID(t.Source.ID); p != nil {
+		p.onTrouble(t)
 	}
 }
 
@@ -717,6 +736,7 @@ func (d *Daemon) snapshot() state {
 		}
 		st.Apps = append(st.Apps, as)
 	}
+	st.Pools = d.poolStates()
 	return st
 }
 
@@ -741,7 +761,7 @@ func newSampler(k *keeper.Client) (*sampler, error) {
 	return &sampler{s: s, keeper: k}, nil
 }
 
-func (s *sampler) usage(instances []*instance) map[int]monitor.Usage {
+func (s *sampler) usage(instances []*instance, pools []*managedPool) map[int]monitor.Usage {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if time.Since(s.at) < sampleEvery {
@@ -765,6 +785,16 @@ func (s *sampler) usage(instances []*instance) map[int]monitor.Usage {
 		groups[i.id] = []int{leader}
 		if pids := members[leader]; len(pids) > 0 {
 			groups[i.id] = pids
+		}
+	}
+	for _, p := range pools {
+		for _, leader := range p.pids() {
+			groups[p.id] = append(groups[p.id], leader)
+			for _, pid := range members[leader] {
+				if pid != leader {
+					groups[p.id] = append(groups[p.id], pid)
+				}
+			}
 		}
 	}
 	s.last, s.at = s.s.Sample(groups), time.Now()

@@ -8,12 +8,13 @@ import (
 	"slices"
 
 	"github.com/remuda-dev/remuda/client"
+	"github.com/remuda-dev/remuda/internal/config"
 	"github.com/remuda-dev/remuda/internal/logs"
 )
 
 // Logs implements [api.Daemon].
 func (d *Daemon) Logs(ctx context.Context, q client.LogQuery) (iter.Seq2[client.LogLine, error], error) {
-	chosen, err := d.match(q.Targets)
+	chosen, pools, err := d.matchAll(q.Targets)
 	if err != nil {
 		return nil, err
 	}
@@ -23,20 +24,27 @@ func (d *Daemon) Logs(ctx context.Context, q client.LogQuery) (iter.Seq2[client.
 			return nil, refuse(http.StatusUnprocessableEntity, "grep: %v", err)
 		}
 	}
-	for _, i := range chosen {
-		i.mu.Lock()
-		spec := i.spec
-		out, errPath := i.logPaths(spec)
-		i.mu.Unlock()
-		add := func(stream, path string) {
-			lq.Files = append(lq.Files, logs.QueryFile{Source: logs.Source{App: i.app, ID: i.id, Stream: stream}, Path: path, JSON: spec.Logs.JSON, TimeFormat: spec.Logs.TimeFormat})
+	add := func(app string, id int, spec config.Logs, out, errPath string) {
+		file := func(stream, path string) {
+			lq.Files = append(lq.Files, logs.QueryFile{Source: logs.Source{App: app, ID: id, Stream: stream}, Path: path, JSON: spec.JSON, TimeFormat: spec.TimeFormat})
 		}
 		if q.Out || !q.Err {
-			add(logs.Out, out)
+			file(logs.Out, out)
 		}
 		if q.Err || !q.Out {
-			add(logs.Err, errPath)
+			file(logs.Err, errPath)
 		}
+	}
+	for _, i := range chosen {
+		i.mu.Lock()
+		out, errPath := i.logPaths(i.spec)
+		spec := i.spec.Logs
+		i.mu.Unlock()
+		add(i.app, i.id, spec, out, errPath)
+	}
+	for _, p := range pools {
+		spec, out, errPath := p.logs()
+		add(p.name, p.id, spec, out, errPath)
 	}
 	return func(yield func(client.LogLine, error) bool) {
 		if len(lq.Files) == 0 {
@@ -55,12 +63,15 @@ func (d *Daemon) Logs(ctx context.Context, q client.LogQuery) (iter.Seq2[client.
 func (d *Daemon) Events(ctx context.Context, after uint64, follow bool, targets []client.Target) (iter.Seq2[client.Event, error], error) {
 	var ids []int
 	if len(targets) > 0 {
-		chosen, err := d.match(targets)
+		chosen, pools, err := d.matchAll(targets)
 		if err != nil {
 			return nil, err
 		}
 		for _, i := range chosen {
 			ids = append(ids, i.id)
+		}
+		for _, p := range pools {
+			ids = append(ids, p.id)
 		}
 	}
 	return d.bus.stream(ctx, after, follow, func(e client.Event) bool {

@@ -51,7 +51,8 @@ const (
 type label struct {
 	ID       int     `json:"id"`
 	App      string  `json:"app"`
-	Began    int64   `json:"began"` // Unix nanoseconds; of two runs of an instance the later counts
+	Pool     bool    `json:"pool,omitempty"` // it is a worker of the pool of this id
+	Began    int64   `json:"began"`          // Unix nanoseconds; of two runs of an instance the later counts
 	Restarts int     `json:"restarts,omitempty"`
 	Unstable int     `json:"unstable,omitempty"`
 	Recent   []int64 `json:"recent,omitempty"` // Unix milliseconds

@@ -23,6 +23,7 @@ type state struct {
 	Version int            `json:"version"`
 	NextID  int            `json:"next_id"`
 	Apps    []appState     `json:"apps"`
+	Pools   []poolState    `json:"pools,omitempty"`
 	Groups  []config.Group `json:"groups,omitempty"`
 }
 

@@ -197,7 +197,7 @@ func (t *timers) checkMemory() {
 	t.memory.Reset(memoryEvery)
 	t.mu.Unlock()
 
-	usage := t.d.sampler.usage(t.d.all())
+	usage := t.d.sampler.usage(t.d.all(), t.d.allPools())
 	for _, i := range t.d.all() {
 		limit := limits[i.app]
 		u, ok := usage[i.id]
