@@ -16,8 +16,8 @@ import (
 // PoolSpec is one pool of workers as it is to be run.
 type PoolSpec = config.Pool
 
-// Pool is one pool of workers.
-type Pool struct {
+// PoolInfo is one pool of workers.
+type PoolInfo struct {
 	ID        int       `json:"id"` // unique in the daemon, among apps too
 	Name      string    `json:"name"`
 	Namespace string    `json:"namespace"`
@@ -42,7 +42,7 @@ type Pool struct {
 // PoolOutcome is one pool after an action; Error says in words why what was
 // asked did not come about.
 type PoolOutcome struct {
-	Pool
+	PoolInfo
 	Error string `json:"error,omitempty"`
 }
 
@@ -200,12 +200,12 @@ var ErrTaskLost = errors.New("the daemon went away while the task was under way,
 
 // Pools returns the pools that any of targets matches, all where none is given,
 // in order of id.
-func (c *Client) Pools(ctx context.Context, targets ...Target) ([]Pool, error) {
+func (c *Client) Pools(ctx context.Context, targets ...Target) ([]PoolInfo, error) {
 	return c.pools(ctx, url.Values{"target": targets})
 }
 
 // DescribePools is [Client.Pools] with specs.
-func (c *Client) DescribePools(ctx context.Context, secrets bool, targets ...Target) ([]Pool, error) {
+func (c *Client) DescribePools(ctx context.Context, secrets bool, targets ...Target) ([]PoolInfo, error) {
 	q := url.Values{"target": targets, "spec": {"true"}}
 	if secrets {
 		q.Set("secrets", "true")
@@ -213,8 +213,8 @@ func (c *Client) DescribePools(ctx context.Context, secrets bool, targets ...Tar
 	return c.pools(ctx, q)
 }
 
-func (c *Client) pools(ctx context.Context, q url.Values) ([]Pool, error) {
-	out, err := call[struct{ Pools []Pool }](ctx, c, http.MethodGet, "/v1/pools", q, nil)
+func (c *Client) pools(ctx context.Context, q url.Values) ([]PoolInfo, error) {
+	out, err := call[struct{ Pools []PoolInfo }](ctx, c, http.MethodGet, "/v1/pools", q, nil)
 	return out.Pools, err
 }
 

@@ -43,7 +43,7 @@ type Daemon interface {
 	Resurrect(context.Context) (client.ActResult, error)
 	Upgrade(ctx context.Context, binary string) error
 	Kill(context.Context) error
-	Pools(targets []client.Target, specs, secrets bool) ([]client.Pool, error)
+	Pools(targets []client.Target, specs, secrets bool) ([]client.PoolInfo, error)
 	ActPools(context.Context, client.ActRequest) (client.ActResult, error)
 	ScalePool(ctx context.Context, pool, to string) (client.ActResult, error)
 	Do(ctx context.Context, pool string, t client.PoolTask) (client.PoolResult, error)

@@ -25,15 +25,16 @@ const (
 	firstRead = 64 << 10
 )
 
-// poolName is the part of a path that names a pool.
-type poolName struct {
+// PoolName is the part of a path that names a pool. It is exported for huma, as
+// [TargetQuery].
+type PoolName struct {
 	Name string `path:"name" maxLength:"200" doc:"Name or id of the pool."`
 }
 
 // taskInput is a task. Its body is read by the handler: it goes to a worker as
 // it is, and the task may outlive the call.
 type taskInput struct {
-	poolName
+	PoolName
 	Task       string `query:"task" maxLength:"1024" doc:"Name of the worker's handler (frames)."`
 	Priority   int    `query:"priority" minimum:"0" maximum:"9" doc:"9 is most urgent."`
 	Key        string `query:"key" maxLength:"4096" doc:"Tasks of one key go to one worker (consistent-hash)."`
@@ -149,18 +150,18 @@ func pools(a huma.API, d Daemon) {
 		Secrets bool `query:"secrets" doc:"Show the values of variables whose names look like secrets."`
 	}
 	type list struct {
-		Pools []client.Pool `json:"pools"`
+		Pools []client.PoolInfo `json:"pools"`
 	}
 	get(a, "pools", "/v1/pools", "List pools of workers", func(_ context.Context, in *query) (list, error) {
 		p, err := d.Pools(in.Target, in.Spec, in.Secrets)
 		if p == nil {
-			p = []client.Pool{}
+			p = []client.PoolInfo{}
 		}
 		return list{p}, err
 	})
 	post(a, "act-pools", "/v1/pools", "Start, stop, drain, restart, delete, flush or reopen pools", d.ActPools)
 	type scale struct {
-		poolName
+		PoolName
 		Body client.PoolScaleRequest
 	}
 	huma.Register(a, huma.Operation{OperationID: "scale-pool", Method: http.MethodPost, Path: "/v1/pools/{name}/scale", Summary: "Set the size of a pool"},

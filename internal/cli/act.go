@@ -64,6 +64,11 @@ func (c *cli) targets(ctx context.Context, args []string) ([]string, error) {
 				out = append(out, app.Name)
 			}
 		}
+		for _, p := range file.Pools {
+			if !slices.Contains(out, p.Name) {
+				out = append(out, p.Name)
+			}
+		}
 	}
 	return out, nil
 }
@@ -120,6 +125,9 @@ func (c *cli) result(ctx context.Context, res client.ActResult, word string) err
 	for _, o := range res.Instances {
 		failed = failed || o.Error != ""
 	}
+	for _, o := range res.Pools {
+		failed = failed || o.Error != ""
+	}
 	if c.json {
 		res.Instances = notNil(res.Instances)
 		if err := c.writeJSON(res); err != nil {
@@ -127,12 +135,13 @@ func (c *cli) result(ctx context.Context, res client.ActResult, word string) err
 		}
 	} else {
 		c.outcomes(res, word)
+		c.poolOutcomes(res, word)
 		if !c.silent {
 			list, err := c.client.List(ctx)
 			if err != nil {
 				return err
 			}
-			c.table(list)
+			c.overview(ctx, list)
 		}
 	}
 	if failed {

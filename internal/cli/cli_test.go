@@ -46,7 +46,9 @@ func TestEveryCommandIsDocumented(t *testing.T) {
 				t.Errorf("%s: the example %q", cmd.Name(), l)
 			}
 		}
+		under := strings.TrimPrefix(cmd.Parent().CommandPath()+" ", "remuda ")
 		for _, name := range append(cmd.Aliases, cmd.Name()) {
+			name = under + name
 			if seen[name] != "" {
 				t.Errorf("%s is a name of both %s and %s", name, seen[name], cmd.Name())
 			}

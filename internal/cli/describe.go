@@ -40,8 +40,19 @@ func (c *cli) describeCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
+		pools, err := c.client.DescribePools(ctx, *secrets, args...)
+		if err != nil { // a daemon before there were pools
+			pools = nil
+		}
 		if c.json {
-			return c.writeJSON(notNil(list))
+			all := make([]any, 0, len(list)+len(pools))
+			for k := range list {
+				all = append(all, list[k])
+			}
+			for k := range pools {
+				all = append(all, pools[k])
+			}
+			return c.writeJSON(all)
 		}
 		now := time.Now()
 		p := c.paint(c.Stdout)
@@ -50,6 +61,12 @@ func (c *cli) describeCommand() *cobra.Command {
 				c.printf("\n")
 			}
 			c.printf("%s", description(&list[k], p, now))
+		}
+		for k := range pools {
+			if k > 0 || len(list) > 0 {
+				c.printf("\n")
+			}
+			c.printf("%s", poolDescription(&pools[k], p))
 		}
 		return nil
 	})

@@ -52,7 +52,7 @@ table is told what is wrong.`,
 			if c.json {
 				return c.writeJSON(notNil(list))
 			}
-			c.table(list)
+			c.overview(ctx, list, args...)
 			return nil
 		}),
 	}
@@ -132,6 +132,23 @@ func sorting(by string) (func(a, b client.Instance) int, error) {
 		return func(a, b client.Instance) int { return f(b, a) }, nil
 	}
 	return nil, usage("", "--sort %q: the order is asc or desc", clip(by))
+}
+
+// overview prints instances and pools. Where there are only pools, only those.
+func (c *cli) overview(ctx context.Context, list []client.Instance, targets ...string) {
+	pools, err := c.client.Pools(ctx, targets...)
+	if err != nil { // a daemon before there were pools
+		pools = nil
+	}
+	if len(list) > 0 || len(pools) == 0 {
+		c.table(list)
+	}
+	if len(list) > 0 && len(pools) > 0 {
+		c.printf("\n")
+	}
+	if len(pools) > 0 {
+		c.poolTable(pools)
+	}
 }
 
 // table prints instances and what is wrong with them.

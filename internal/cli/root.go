@@ -197,22 +197,30 @@ func (c *cli) flagError(cmd *cobra.Command, err error) error {
 // firstWord is the first argument that is neither a flag nor the value of a
 // global one.
 func firstWord(args []string) string {
-	for k := 0; k < len(args); k++ {
-		switch a := args[k]; {
-		case a == "--home" || a == "--timeout":
-			k++
-		case a == "--":
-			return ""
-		case !strings.HasPrefix(a, "-"):
-			return a
-		}
+	if w := firstWords(args); len(w) > 0 {
+		return w[0]
 	}
 	return ""
 }
 
+// firstWords are the first two of the kind.
+func firstWords(args []string) (words []string) {
+	for k := 0; k < len(args); k++ {
+		switch a := args[k]; {
+		case a == "--home" || a == "--timeout":
+			k++
+		case a == "--" || len(words) == 2:
+			return words
+		case !strings.HasPrefix(a, "-"):
+			words = append(words, a)
+		}
+	}
+	return words
+}
+
 // protectNegative lets `scale web -1` be a number rather than a flag.
 func protectNegative(args []string) []string {
-	if firstWord(args) != "scale" || slices.Contains(args, "--") {
+	if w := firstWords(args); len(w) == 0 || w[0] != "scale" && (len(w) < 2 || w[0] != "pool" || w[1] != "scale") || slices.Contains(args, "--") {
 		return args
 	}
 	for k, a := range args {
@@ -284,7 +292,15 @@ func (c *cli) complete(cmd *cobra.Command, prefix string, ids bool) []string {
 	if err != nil {
 		return nil
 	}
-	return targetNames(list, prefix, ids)
+	out := targetNames(list, prefix, ids)
+	if pools, err := c.client.Pools(ctx); err == nil {
+		for k := range pools {
+			if n := pools[k].Name; strings.HasPrefix(n, prefix) && !strings.ContainsAny(n, "\t\n") {
+				out = append(out, n+"\tpool")
+			}
+		}
+	}
+	return out
 }
 
 func targetNames(list []client.Instance, prefix string, ids bool) []string {

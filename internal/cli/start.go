@@ -255,7 +255,7 @@ func (c *cli) start(ctx context.Context, f *pflag.FlagSet, args []string, app co
 			if j.app != nil {
 				req.Apps = []config.App{*j.app}
 			} else {
-				req.Apps = j.file.Apps
+				req.Apps, req.Pools = j.file.Apps, j.file.Pools
 			}
 			res, err = c.busy(ctx, "start", appNames(req.Apps), func() (client.ActResult, error) { return c.client.Start(ctx, req) })
 		}
@@ -263,6 +263,7 @@ func (c *cli) start(ctx context.Context, f *pflag.FlagSet, args []string, app co
 			return err
 		}
 		all.Instances = append(all.Instances, res.Instances...)
+		all.Pools = append(all.Pools, res.Pools...)
 		all.Changes = append(all.Changes, res.Changes...)
 		all.Warnings = append(all.Warnings, res.Warnings...)
 	}
@@ -403,7 +404,7 @@ func (c *cli) startFile(ctx context.Context, arg string, own startFlags) error {
 		return err
 	}
 	res, err := c.busy(ctx, "start", appNames(file.Apps), func() (client.ActResult, error) {
-		return c.client.Start(ctx, client.StartRequest{Apps: file.Apps, Force: own.force})
+		return c.client.Start(ctx, client.StartRequest{Apps: file.Apps, Pools: file.Pools, Force: own.force})
 	})
 	if err != nil {
 		return err

@@ -76,7 +76,7 @@ is restarted, and apps that did not come from this file are left alone.`,
 		if err != nil {
 			return err
 		}
-		return c.up(ctx, client.UpRequest{Source: path, Apps: f.Apps, Groups: f.Groups}, *dry)
+		return c.up(ctx, client.UpRequest{Source: path, Apps: f.Apps, Pools: f.Pools, Groups: f.Groups}, *dry)
 	})
 	return cmd
 }
@@ -98,6 +98,9 @@ func (c *cli) up(ctx context.Context, req client.UpRequest, dry bool) error {
 			for _, app := range req.Apps {
 				res.Changes = append(res.Changes, client.Change{App: app.Name, Action: "add"})
 			}
+			for k := range req.Pools {
+				res.Changes = append(res.Changes, client.Change{App: req.Pools[k].Name, Pool: true, Action: "add"})
+			}
 		}
 		if err != nil {
 			return err
@@ -107,7 +110,7 @@ func (c *cli) up(ctx context.Context, req client.UpRequest, dry bool) error {
 			return c.writeJSON(res)
 		}
 		if dry || !c.silent {
-			c.printf("%s", difference(res.Changes, req.Apps, c.paint(c.Stdout)))
+			c.printf("%s", difference(res.Changes, req, c.paint(c.Stdout)))
 		}
 		if dry {
 			for _, w := range res.Warnings {
@@ -124,20 +127,32 @@ func (c *cli) up(ctx context.Context, req client.UpRequest, dry bool) error {
 }
 
 // difference is what up is about to do, in lines.
-func difference(changes []client.Change, apps []config.App, p paint) string {
+func difference(changes []client.Change, req client.UpRequest, p paint) string {
 	var b strings.Builder
 	same := 0
 	for _, ch := range changes {
 		name := label(ch.App)
+		if ch.Pool {
+			name = "pool " + name
+		}
 		switch ch.Action {
 		case "add":
-			n := 1
-			for k := range apps {
-				if apps[k].Name == ch.App {
-					n = apps[k].Instances
+			n, most, what := 1, 0, "instance"
+			for k := range req.Apps {
+				if req.Apps[k].Name == ch.App {
+					n = req.Apps[k].Instances
 				}
 			}
-			fmt.Fprintln(&b, p.sgr("32", fmt.Sprintf("+ add %s (%s)", name, plural(n, "instance"))))
+			for k := range req.Pools {
+				if req.Pools[k].Name == ch.App {
+					n, most, what = req.Pools[k].Min, req.Pools[k].Max, "worker"
+				}
+			}
+			many := plural(n, what)
+			if most > n {
+				many = fmt.Sprintf("%d to %s", n, plural(most, what))
+			}
+			fmt.Fprintln(&b, p.sgr("32", fmt.Sprintf("+ add %s (%s)", name, many)))
 		case "remove":
 			fmt.Fprintln(&b, p.sgr("31", "- remove "+name))
 		case "none":
@@ -184,7 +199,7 @@ need not be there any more.`,
 		if err != nil {
 			return err
 		}
-		if len(res.Instances) == 0 && !c.json {
+		if len(res.Instances)+len(res.Pools) == 0 && !c.json {
 			c.say("nothing runs of %s", path)
 		}
 		return c.result(ctx, res, "deleted")

@@ -659,7 +659,7 @@ func (p *managedPool) pids() []int {
 }
 
 // view is the pool as the API shows it, less what it uses.
-func (p *managedPool) view() client.Pool {
+func (p *managedPool) view() client.PoolInfo {
 	p.d.mu.Lock()
 	spec, want := p.spec, p.want
 	p.d.mu.Unlock()
@@ -667,7 +667,7 @@ func (p *managedPool) view() client.Pool {
 	l, begun, reason, trouble := p.life, p.begun != nil, p.reason, p.logTrouble
 	draining := slices.Collect(maps.Keys(p.draining))
 	p.mu.Unlock()
-	v := client.Pool{
+	v := client.PoolInfo{
 		ID: p.id, Name: p.name, Namespace: spec.Namespace, Protocol: spec.Protocol, Created: p.created, LogTrouble: trouble,
 		State: client.Stopped, Stats: client.PoolStats{Min: spec.Min, Max: spec.Max},
 	}
@@ -910,7 +910,7 @@ func (d *Daemon) carryOut(ctx context.Context, plan *poolPlan) []client.PoolOutc
 	views := d.poolViews(list)
 	out := make([]client.PoolOutcome, len(views))
 	for n := range views {
-		out[n].Pool = views[n]
+		out[n].PoolInfo = views[n]
 		if errs[n] != nil {
 			out[n].Error = errs[n].Error()
 		}
@@ -927,8 +927,8 @@ func (d *Daemon) carryOut(ctx context.Context, plan *poolPlan) []client.PoolOutc
 }
 
 // poolViews are pools with what they use.
-func (d *Daemon) poolViews(list []*managedPool) []client.Pool {
-	out := make([]client.Pool, len(list))
+func (d *Daemon) poolViews(list []*managedPool) []client.PoolInfo {
+	out := make([]client.PoolInfo, len(list))
 	usage := d.sampler.usage(d.all(), d.allPools())
 	for n, p := range list {
 		out[n] = p.view()
@@ -994,7 +994,7 @@ func (d *Daemon) planDelete(plan *poolPlan, list []*managedPool) {
 }
 
 // Pools implements [api.Daemon].
-func (d *Daemon) Pools(targets []client.Target, specs, secrets bool) ([]client.Pool, error) {
+func (d *Daemon) Pools(targets []client.Target, specs, secrets bool) ([]client.PoolInfo, error) {
 	_, list, err := d.matchAll(targets)
 	if err != nil || len(list) == 0 {
 		return nil, err
@@ -1378,7 +1378,7 @@ func (d *Daemon) resurrectPools(states []poolState) {
 func (d *Daemon) signalPools(list []*managedPool, sig syscall.Signal) []client.PoolOutcome {
 	var out []client.PoolOutcome
 	for n, v := range d.poolViews(list) {
-		o := client.PoolOutcome{Pool: v}
+		o := client.PoolOutcome{PoolInfo: v}
 		list[n].mu.Lock()
 		l := list[n].life
 		list[n].mu.Unlock()
