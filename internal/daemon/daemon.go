@@ -260,7 +260,7 @@ func (d *Daemon) serve(ctx context.Context) error {
 			}
 			return d.afterKeeper()
 		case <-d.quit:
-			d.leavePools()
+			d.endPools(leaveMost) // their callers get their answers while there is an API
 			endStreams()
 			return d.leave(srv)
 		case s := <-signals:
@@ -378,7 +378,7 @@ func (d *Daemon) endAll(ctx context.Context, forget bool) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	d.endPools(nil)
+	d.endPools(0)
 	if err := d.supervisorOf("").Shutdown(ctx); err != nil { // its groups with it
 		d.log.Warn("stopping everything", "error", err)
 	}

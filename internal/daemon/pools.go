@@ -390,31 +390,30 @@ func (p *managedPool) drain(l *poolLife) <-chan struct{} {
 	return l.ended
 }
 
-// cutAll ends every life. Those that drain are cut short, or, where patient is
-// given, have until it ends, as the present one has.
-func (p *managedPool) cutAll(patient context.Context) {
+// cutAll ends every life. With patience they have that long to do what they
+// have; without, those that drain are cut short and the present one has the
+// pool's grace for what runs.
+func (p *managedPool) cutAll(patience time.Duration) {
 	p.mu.Lock()
 	l := p.life
 	p.life = nil
 	lives := slices.Collect(maps.Keys(p.draining))
 	p.mu.Unlock()
-	var all sync.WaitGroup
-	if patient != nil {
+	if patience > 0 {
 		if l != nil {
 			lives = append(lives, l)
 			p.drain(l)
 		}
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
 		for _, x := range lives {
-			all.Go(func() {
-				select {
-				case <-x.ended:
-				case <-patient.Done():
-					x.cutNow()
-					<-x.ended
-				}
-			})
+			select {
+			case <-x.ended:
+			case <-ctx.Done():
+				x.cutNow()
+				<-x.ended
+			}
 		}
-		all.Wait()
 		return
 	}
 	for _, x := range lives {
@@ -475,7 +474,7 @@ func (p *managedPool) reconcile(ctx context.Context, renew bool) error {
 	}
 	if !want {
 		p.settled(nil, "")
-		p.cutAll(nil)
+		p.cutAll(0)
 		if old != nil {
 			p.event("pool.stopped", 0, "stopped")
 		}
@@ -1254,9 +1253,8 @@ func (p *managedPool) failure(err error) error {
 	return p.refusal(http.StatusUnprocessableEntity, client.TaskInvalid, text)
 }
 
-// endPools ends the workers of all pools: at once, or when they have done what
-// they have until ctx ends.
-func (d *Daemon) endPools(patient context.Context) {
+// endPools ends the workers of all pools: see cutAll.
+func (d *Daemon) endPools(patience time.Duration) {
 	d.haltOnce.Do(func() { close(d.halt) })
 	var all sync.WaitGroup
 	for _, p := range d.allPools() {
@@ -1264,18 +1262,10 @@ func (d *Daemon) endPools(patient context.Context) {
 			p.op.Lock()
 			defer p.op.Unlock()
 			p.settled(nil, "")
-			p.cutAll(patient)
+			p.cutAll(patience)
 		})
 	}
 	all.Wait()
-}
-
-// leavePools lets pools do what they have, for a while, before another
-// controller takes this one's place.
-func (d *Daemon) leavePools() {
-	ctx, cancel := context.WithTimeout(context.Background(), leaveMost)
-	defer cancel()
-	d.endPools(ctx)
 }
 
 // poolState is a pool in the state file.
