@@ -248,7 +248,8 @@ func (p *managedPool) begin(spec config.Pool) (_ *poolLife, err error) {
 		return nil, err
 	}
 	o := poolOptions(spec)
-	o.Name, o.Spawner = asInstance.key(), l.spawner
+	o.Name, o.Spawner = asInstance.key(0), l.spawner
+	o.Name = o.Name[:min(len(o.Name), 60)] // as package pool wants it
 	o.Env = asInstance.environment(app, l.spawner.cred)
 	path, err := lookPath(spec.Command[0], o.Env, spec.Cwd)
 	if err != nil {
@@ -873,6 +874,7 @@ func (d *Daemon) undoPools(plan *poolPlan) {
 	for _, f := range slices.Backward(plan.undo) {
 		f()
 	}
+	*plan = poolPlan{}
 }
 
 // readyPools is called when the plan is on the disk. Caller holds d.act.
@@ -1316,8 +1318,9 @@ func (d *Daemon) restorePools(states []poolState, workers []adoptee, stored map[
 			continue // dropped with what else is of no use
 		}
 		delete(stored, name)
-		relay := stored[relayName(id, stream)]
-		delete(stored, relayName(id, stream))
+		second := relayName(id, stream, pipeInode(f))
+		relay := stored[second]
+		delete(stored, second)
 		outTo, errTo := (&instance{d: d, id: id, alone: true}).targets(p.spec.App())
 		if stream == logs.Err {
 			outTo = errTo
