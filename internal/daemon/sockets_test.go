@@ -1,6 +1,8 @@
 package daemon
 
 import (
+	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/remuda-dev/remuda/internal/config"
@@ -26,5 +28,24 @@ func TestCollide(t *testing.T) {
 		if collide(a, b) != c.want || collide(b, a) != c.want {
 			t.Errorf("%v and %v: want %v", a, b, c.want)
 		}
+	}
+}
+
+// TestOldClusters: cluster mode of what is not Node, which is refused now, does
+// not keep what was saved before from coming back.
+func TestOldClusters(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "dump.json")
+	const dump = `{"version": 1, "apps": [
+		{"spec": {"name": "a", "exec_mode": "cluster", "interpreter": "python3"}},
+		{"spec": {"name": "b", "exec_mode": "cluster", "interpreter": "/usr/bin/node"}}]}`
+	if err := os.WriteFile(path, []byte(dump), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	st, err := readState(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a, b := st.Apps[0].Spec.ExecMode, st.Apps[1].Spec.ExecMode; a != "fork" || b != "cluster" {
+		t.Errorf("%s, %s", a, b)
 	}
 }

@@ -227,5 +227,11 @@ func readState(path string) (state, error) {
 	if v.Version < 1 {
 		return st, fmt.Errorf("the state file %s cannot be read: it has no version", path)
 	}
+	for n := range st.Apps {
+		// Once taken for any program, and of no effect.
+		if s := &st.Apps[n].Spec; s.ExecMode == "cluster" && !s.Clustered() {
+			s.ExecMode = "fork"
+		}
+	}
 	return st, nil
 }

@@ -378,6 +378,11 @@ func TestSticky(t *testing.T) {
 	port := s.freePort()
 	s.up(fmt.Sprintf("apps:\n  web: {run: node %s, exec_mode: cluster, sticky: true, instances: 2, env: {PORT: %s}}\n", script, port))
 	const clients = 16
+	start := func() *load.Load {
+		return load.Start(load.Options{Addr: "127.0.0.1:" + port, Kept: clients / 2, Fresh: clients / 2, From: func(client int) net.Addr {
+			return &net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(1+client))}
+		}})
+	}
 	// homes are the instances that serve each client.
 	homes := func() (out []int) {
 		s.Helper()
@@ -385,9 +390,7 @@ func TestSticky(t *testing.T) {
 		for n, pid := range s.pids("web") {
 			index[pid] = n
 		}
-		l := load.Start(load.Options{Addr: "127.0.0.1:" + port, Kept: clients / 2, Fresh: clients / 2, From: func(client int) net.Addr {
-			return &net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(1+client))}
-		}})
+		l := start()
 		if err := l.Wait(10*clients, patience); err != nil {
 			t.Error(err)
 		}
@@ -409,7 +412,11 @@ func TestSticky(t *testing.T) {
 	if !slices.Contains(first, 0) || !slices.Contains(first, 1) {
 		t.Errorf("one instance has all clients: %v", first)
 	}
+	l := start()
 	s.must("reload", "web")
+	if f := l.Stop(); len(f.Failures) > 0 {
+		t.Errorf("while it was reloaded: %s", &f)
+	}
 	if now := homes(); !slices.Equal(now, first) {
 		t.Errorf("after a reload clients are at %v, before at %v", now, first)
 	}
