@@ -92,6 +92,12 @@ type Options struct {
 	// publish goes nowhere, and they hear nothing.
 	Topics *Topics
 
+	// NodeChannel is for frames workers that are programs of Node: the parent's
+	// end of a second Pair, whose other end the worker has as NodeEnv says, for
+	// descriptors, which it cannot take otherwise. NewFrames takes it over,
+	// unless it fails. Nil: such a worker gets none.
+	NodeChannel *os.File
+
 	// OnMessage is given what a Node program sends while no task is under way,
 	// with the handle that came along or nil; both are its own. The calls come
 	// one after the other from the goroutine in Serve. Nil: dropped.
@@ -122,6 +128,7 @@ type frames struct {
 	fatal   error // why it was ended from here
 	pings   uint32
 	lead    lead
+	side    side
 
 	subs subscriber // of the one that reads
 }
@@ -139,6 +146,9 @@ func NewFrames(f *os.File, o Options) (Conn, error) {
 		return nil, err
 	}
 	c := &frames{ch: ch, pending: make(map[uint32]*Request)}
+	if c.side, err = newSide(o.NodeChannel); err != nil {
+		return nil, err
+	}
 	c.lead.init(&c.mu, ch.sock)
 	c.subs.init(c, o)
 	return c, nil
@@ -171,6 +181,7 @@ func (c *frames) Serve(ready func()) error {
 	c.mu.Unlock()
 	c.ch.Close()
 	c.subs.end()
+	c.endSide()
 	for _, r := range left {
 		r.To.End(r, nil, c.err)
 	}
@@ -233,6 +244,9 @@ func (c *frames) handle(f Frame, owned bool, ready func()) error {
 		}
 		c.ready = true
 		c.ch.SetPeer(h)
+		c.mu.Lock()
+		c.side.up = h.Handles && c.side.conn != nil
+		c.mu.Unlock()
 		if ready != nil {
 			ready()
 		}
@@ -296,9 +310,18 @@ func (c *frames) Start(r *Request) error {
 		return fmt.Errorf("%w: %d bytes", ErrTooLarge, len(r.Body))
 	}
 	var fds []int
+	var handles []outbound
 	if len(r.Files) > 0 {
+		c.mu.Lock()
+		bySide := c.side.up
+		c.mu.Unlock()
 		var err error
-		if fds, err = c.ch.dup(r.Files); err != nil {
+		if bySide {
+			handles, fds, err = c.side.duplicate(r.Files)
+		} else {
+			fds, err = c.ch.dup(r.Files)
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -321,6 +344,15 @@ func (c *frames) Start(r *Request) error {
 	}
 	// Queued under the lock, so that a cancel comes after it.
 	head := appendTask(appendHandles(space[:0], c.last, fds), c.last, r.Name, r.Timeout, len(r.Body))
+	if handles != nil {
+		fds = nil // the side channel's from now on
+		if err := c.sendHandles(c.last, handles); err != nil {
+			c.mu.Unlock()
+			c.side.conn.w.flush(false)
+			c.ch.w.flush(false)
+			return err
+		}
+	}
 	if err := c.ch.w.queueFDs(head, r.Body, fds); err != nil {
 		c.mu.Unlock()
 		return err
@@ -330,6 +362,9 @@ func (c *frames) Start(r *Request) error {
 	c.lead.started(r)
 	busy := len(c.pending) >= busyFrom
 	c.mu.Unlock()
+	if handles != nil {
+		c.side.conn.w.flush(false)
+	}
 	c.ch.w.flush(busy)
 	return nil
 }
@@ -360,4 +395,9 @@ func (c *frames) Heard() uint64 { return c.ch.in.heard.Load() }
 
 func (c *frames) Stop() { _ = c.ch.Send(TypeStop, 0, nil) } // closed: it ends anyway
 
-func (c *frames) Close() { c.ch.Close() }
+func (c *frames) Close() {
+	c.ch.Close()
+	if c.side.conn != nil {
+		c.side.conn.Close()
+	}
+}

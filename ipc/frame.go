@@ -154,6 +154,9 @@ type Hello struct {
 	Concurrency int `json:"concurrency,omitempty"`
 	// Files says that the sender takes descriptors with tasks or results.
 	Files bool `json:"files,omitempty"`
+	// Handles says that a worker, a program of Node, takes descriptors over
+	// Node's own channel.
+	Handles bool `json:"handles,omitempty"`
 }
 
 // AppendHello appends a hello frame.

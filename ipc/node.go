@@ -433,7 +433,20 @@ func (c *NodeConn) send(m outbound, body []byte, f *os.File, raw bool) error {
 			return err
 		}
 	}
+	busy, err := c.put(&m)
+	if err != nil {
+		m.handle.close()
+		return err
+	}
+	c.w.flush(busy)
+	return nil
+}
+
+// put queues m, whose handle is this connection's from then on unless it fails.
+// busy is for the flush that is to follow.
+func (c *NodeConn) put(m *outbound) (busy bool, err error) {
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	switch {
 	case c.err != nil:
 		err = c.err
@@ -442,27 +455,22 @@ func (c *NodeConn) send(m outbound, body []byte, f *os.File, raw bool) error {
 	case m.r != nil && m.r.cancelled:
 		err = ErrCancelled
 	case c.handle == nil:
-		err = c.write(&m)
+		err = c.write(m)
 	case len(c.behind) >= maxBehind || c.behindBy+len(m.msg) > c.maxQueued:
 		err = ErrFull
 	default:
-		c.behind = append(c.behind, m)
+		c.behind = append(c.behind, *m)
 		c.behindBy += len(m.msg)
 	}
 	if err != nil {
-		c.mu.Unlock()
-		m.handle.close()
-		return err
+		return false, err
 	}
 	if m.r != nil {
 		m.r.sent = true // or about to be; it is not kept back any more
 		c.pending = append(c.pending, m.r)
 		c.lead.started(m.r)
 	}
-	busy := len(c.pending) >= busyFrom
-	c.mu.Unlock()
-	c.w.flush(busy)
-	return nil
+	return len(c.pending) >= busyFrom, nil
 }
 
 // write queues m, whose handle is this connection's from then on unless it

@@ -689,6 +689,85 @@ process.once('message', () => {
 	l.Close()
 }
 
+// A frames worker that is a Node program gets descriptors over Node's channel,
+// and what it breaks there costs it the other one.
+func TestNodeSide(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		wire string // what the worker says on Node's channel in the end
+		want string
+	}{
+		{"garbage", "no JSON\n", "protocol violation"},
+		{"half", `{"cmd`, "unexpected EOF"},
+		{"end", "", "<nil>"},
+		{"acknowledgement of nothing", ack + "\n" + ack + "\n" + ack + "\n" + ack + "\n", "no handle was sent"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			before := openFDs(t)
+			a, b := pair(t)
+			sideA, sideB := pair(t)
+			conn, err := NewFrames(a, Options{NodeChannel: sideA})
+			if err != nil {
+				t.Fatal(err)
+			}
+			served := make(chan error, 1)
+			ready := make(chan struct{})
+			go func() { served <- conn.Serve(func() { close(ready) }) }()
+			if _, err := b.Write(AppendHello(nil, Hello{Remuda: 1, Handles: true})); err != nil {
+				t.Fatal(err)
+			}
+			<-ready
+			e := newEnds()
+			listener, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			lf, r := file(t, listener.(*net.TCPListener)), pipeEnd(t)
+			if err := conn.Start(&Request{Files: []*os.File{null(t)}, To: e}); !errors.Is(err, ErrHandle) {
+				t.Errorf("Start with a file: %v", err)
+			}
+			if err := conn.Start(&Request{Body: []byte("x"), Files: []*os.File{r, lf}, To: e}); err != nil {
+				t.Fatal(err)
+			}
+			_ = sideB.SetDeadline(time.Now().Add(time.Minute))
+			side := sock(t, sideB)
+			in := newInbox(side)
+			p := &program{t, side, in, bufio.NewReader(in)}
+			p.want(`{"cmd":"NODE_HANDLE","type":"net.Socket","msg":{"remuda":[1,0,false]}}`)
+			p.send(ack + "\n")
+			p.want(`{"cmd":"NODE_HANDLE","type":"net.Native","msg":{"remuda":[1,1,true]}}`)
+			fr := frameReader{r: b, limit: DefaultMaxFrame}
+			var got []string
+			for range 3 {
+				f, _, err := fr.next()
+				if err != nil {
+					t.Fatal(err)
+				}
+				got = append(got, fmt.Sprintf("%s %d", f.Type, f.ID))
+			}
+			if fmt.Sprint(got) != "[HELLO 0 HANDLES 1 TASK 1]" {
+				t.Errorf("the worker got %v", got)
+			}
+			if c.wire != "" {
+				p.send(c.wire)
+			}
+			_ = side.rc.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_WR) })
+			if err := <-served; !strings.Contains(fmt.Sprint(err), c.want) {
+				t.Errorf("Serve = %v, want %s", err, c.want)
+			}
+			if len(e.got) != 1 {
+				t.Errorf("ends: %q", e.got)
+			}
+			in.close()
+			b.Close()
+			side.Close()
+			listener.Close()
+			lf.Close()
+			settled(t, before+3) // the pipe, and null
+		})
+	}
+}
+
 // FuzzNode feeds a parent what a program may write, with descriptors.
 func FuzzNode(f *testing.F) {
 	f.Add([]byte("1\n{\"error\":\"x\"}\n"), []byte{}, uint8(0))

@@ -3,10 +3,15 @@ package pool
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -180,6 +185,160 @@ type answered chan error
 func (a answered) End(_ *ipc.Request, _ []byte, err error) { a <- err }
 func (a answered) Progress(*ipc.Request, []byte)           {}
 func (a answered) Chunk(*ipc.Request, []byte)              {}
+
+// A Node worker gets connections, listeners and UDP sockets with its tasks.
+func TestNodeSDKHandles(t *testing.T) {
+	before := countFDs(t)
+	p := newPool(t, Options{Size: 1, Concurrency: 8, Command: nodeSDKWorker(t, `
+require('SDK').serve({
+  '': (t) => t.body,
+  hello: (t) => { for (const s of t.handles) s.end('hello ' + t.data + ' from ' + s.constructor.name); return t.handles.length },
+  ignore: () => 'ignored',
+  listen: async (t) => {
+    const [server] = t.handles
+    const done = new Promise((resolve) => server.on('connection', (s) => { s.end('served'); server.close(resolve) }))
+    t.progress('listening')
+    await done
+  },
+  udp: (t) => new Promise((resolve) => t.handles[0].once('message', (b) => { t.handles[0].close(); resolve(b.toString()) }))
+})
+`)})
+	ctx := limit(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	// connection returns both ends of one.
+	connection := func() (net.Conn, *os.File) {
+		t.Helper()
+		client, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = client.SetDeadline(time.Now().Add(time.Minute))
+		c, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		f, err := c.(*net.TCPConn).File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return client, f
+	}
+	says := func(client net.Conn, want string) {
+		t.Helper()
+		defer client.Close()
+		if b, err := io.ReadAll(client); string(b) != want {
+			t.Errorf("the client got %q, %v, want %q", b, err, want)
+		}
+	}
+	if r, err := p.Do(ctx, Task{Body: []byte("up")}); err != nil { // its hello has come
+		t.Fatal(r, err)
+	}
+	var wg sync.WaitGroup
+	for n := range 20 {
+		c1, f1 := connection()
+		c2, f2 := connection()
+		wg.Go(func() {
+			r, err := p.Do(ctx, Task{Name: "hello", Body: []byte(strconv.Itoa(n)), Files: []*os.File{f1, f2}})
+			if err != nil || string(r.Body) != "2" {
+				t.Errorf("hello: %s, %v", r.Body, err)
+			}
+			f1.Close()
+			f2.Close()
+			says(c1, fmt.Sprintf("hello %d from Socket", n))
+			says(c2, fmt.Sprintf("hello %d from Socket", n))
+		})
+	}
+	wg.Wait()
+	// What a handler does not look at is closed.
+	client, f := connection()
+	if r, err := p.Do(ctx, Task{Name: "ignore", Files: []*os.File{f}}); err != nil {
+		t.Errorf("ignore: %s, %v", r.Body, err)
+	}
+	f.Close()
+	says(client, "")
+	// A listener accepts for the worker.
+	lf, err := l.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	listening := make(chan struct{})
+	wg.Go(func() {
+		if _, err := p.Do(ctx, Task{Name: "listen", Files: []*os.File{lf}, OnProgress: func([]byte) { close(listening) }}); err != nil {
+			t.Errorf("listen: %v", err)
+		}
+	})
+	<-listening
+	if client, err = net.Dial("tcp", l.Addr().String()); err != nil {
+		t.Fatal(err)
+	}
+	_ = client.SetDeadline(time.Now().Add(time.Minute))
+	says(client, "served")
+	wg.Wait()
+	lf.Close()
+	u, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	uf, err := u.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = u.Close()
+	if client, err = net.Dial("udp", u.LocalAddr().String()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.Write([]byte("a datagram")); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := p.Do(ctx, Task{Name: "udp", Files: []*os.File{uf}}); err != nil || string(r.Body) != `"a datagram"` {
+		t.Errorf("udp: %s, %v", r.Body, err)
+	}
+	client.Close()
+	uf.Close()
+	// Node would abort over a file.
+	null, err := os.Open("/dev/null")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.Do(ctx, Task{Name: "hello", Files: []*os.File{null}}); !errors.Is(err, ipc.ErrHandle) {
+		t.Errorf("a file: %v", err)
+	}
+	null.Close()
+	if n := p.Stats().Died; n != 0 {
+		t.Errorf("%d workers died", n)
+	}
+	if err := p.Close(ctx); err != nil {
+		t.Error(err)
+	}
+	l.Close()
+	for countFDs(t) > before && ctx.Err() == nil {
+		time.Sleep(time.Millisecond)
+	}
+	if n := countFDs(t); n > before {
+		t.Errorf("%d descriptors are open, %d at the start", n, before)
+	}
+}
+
+// countFDs counts what this process has open, but for the poller.
+func countFDs(t *testing.T) int {
+	t.Helper()
+	d, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, f := range d {
+		if to, _ := os.Readlink("/proc/self/fd/" + f.Name()); !strings.HasPrefix(to, "anon_inode:") {
+			n++
+		}
+	}
+	return n
+}
 
 // The package can be required and imported by its name, with types for both.
 func TestNodeSDKPackage(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"sync/atomic"
 
@@ -30,6 +31,16 @@ func (s *starter) spec(slot int, files []*os.File, env []string) proc.Spec {
 		Dir:   s.o.Dir,
 		Files: files,
 	}
+}
+
+// handles says whether a worker needs a channel of Node's to get files: one of
+// frames that is a program of Node.
+func (s *starter) handles() bool {
+	switch filepath.Base(s.o.Command[0]) {
+	case "node", "nodejs":
+		return s.o.Protocol == Frames
+	}
+	return false
 }
 
 // channel starts a worker that has a channel.
@@ -75,6 +86,15 @@ func (s *starter) channel(ctx context.Context, slot int) (proc.Process, ipc.Conn
 			env = ipc.NodeEnv(framesFD)
 		} else {
 			env = []string{ipc.FDVar + "=" + strconv.Itoa(framesFD)}
+		}
+		if s.handles() {
+			parent, child, err := ipc.Pair()
+			if err != nil {
+				return fail(err)
+			}
+			theirs, ours = append(theirs, child), append(ours, parent)
+			files, env = append(files, child), append(env, ipc.NodeEnv(framesFD+1)...)
+			opts.NodeChannel = parent
 		}
 	}
 	pr, err := s.o.Spawner.Spawn(ctx, s.spec(slot, files, env))

@@ -13,8 +13,9 @@ const net = require('node:net')
 const VERSION = 1
 const HEADER = 12
 const MAX_FRAME = 64 << 20
-const T = { HELLO: 1, TASK: 2, RESULT: 3, ERROR: 4, PROGRESS: 5, CHUNK: 6, CANCEL: 7, PING: 8, PONG: 9, STOP: 10, SUBSCRIBE: 12, UNSUBSCRIBE: 13, PUBLISH: 14 }
+const T = { HELLO: 1, TASK: 2, RESULT: 3, ERROR: 4, PROGRESS: 5, CHUNK: 6, CANCEL: 7, PING: 8, PONG: 9, STOP: 10, HANDLES: 11, SUBSCRIBE: 12, UNSUBSCRIBE: 13, PUBLISH: 14 }
 const MAX_TOOK = 0xffffff // microseconds in a header
+const HANDLE_WAIT = 10_000 // milliseconds for a task's handles to come
 const SLOW = { 'drop-oldest': 0, 'drop-newest': 1, disconnect: 2 }
 
 /** A failure with a code for programs. */
@@ -32,6 +33,8 @@ class Task {
   #server
   #id
   #controller
+  #handles = []
+  #taken = false
   constructor (server, id, name, body) {
     this.#server = server
     this.#id = id
@@ -48,6 +51,24 @@ class Task {
   /** An AbortSignal that fires when the answer is not wanted any more. */
   get signal () {
     return this._abort().signal
+  }
+
+  /**
+   * What came along: connections and pipes to read from as net.Socket, listeners
+   * as net.Server, UDP sockets as dgram.Socket. A handler that has looked at this
+   * must close them; else they are closed at its end.
+   */
+  get handles () {
+    this.#taken = true
+    return this.#handles
+  }
+
+  _give (handles) {
+    this.#handles = handles
+  }
+
+  _done () {
+    if (!this.#taken) this.#handles.forEach(discard)
   }
 
   _abort () {
@@ -101,6 +122,92 @@ function topicBytes (topic, pattern) {
 
 const EMPTY = Buffer.alloc(0)
 
+function discard (handle) {
+  if (typeof handle.destroy === 'function') handle.destroy()
+  else handle.close()
+}
+
+// Whether a is later than b, ids going round at 2**32.
+function later (a, b) {
+  return ((a - b) | 0) > 0
+}
+
+/** The handles of tasks, which come over Node's own channel, in any order. */
+class Handles {
+  constructor () {
+    this.last = 0 // the latest task that has come
+    this.of = new Map() // by the ids of tasks: { handles, missing, timer, ready }
+    this.take = (m, handle) => {
+      const [id, i, server] = Array.isArray(m?.remuda) ? m.remuda : []
+      if (typeof id !== 'number' || !handle) return
+      const e = this.entry(id)
+      if (!e) { // its task was given up
+        discard(handle)
+        return
+      }
+      e.handles[i] = { handle, server }
+      e.come++
+      this.check(e)
+    }
+    process.on('message', this.take)
+    process.channel.unref() // it is the other channel that keeps a worker
+  }
+
+  entry (id) {
+    let e = this.of.get(id)
+    if (!e && later(id, this.last)) this.of.set(id, e = { handles: [], come: 0 })
+    return e
+  }
+
+  expect (id, n) {
+    const e = this.entry(id)
+    if (e) e.want = n
+  }
+
+  // Calls ready with a task's handles when they have come, with an error where
+  // they do not; at once where there are none.
+  await (id, ready) {
+    const e = this.of.get(id)
+    this.last = later(id, this.last) ? id : this.last
+    if (!e?.want) {
+      ready()
+      return
+    }
+    e.ready = (err) => {
+      this.of.delete(id)
+      clearTimeout(e.timer)
+      ready(err, e.handles)
+    }
+    e.timer = setTimeout(() => this.drop(id, new TaskError(`${e.want - e.come} handles did not come`, 'handles')), HANDLE_WAIT)
+    this.check(e)
+  }
+
+  check (e) {
+    if (e.ready && e.come >= e.want) e.ready()
+  }
+
+  // A task that is not there any more, or never came.
+  drop (id, err) {
+    this.last = later(id, this.last) ? id : this.last
+    const e = this.of.get(id)
+    if (!e) return
+    this.of.delete(id)
+    for (const h of e.handles) if (h) discard(h.handle)
+    e.handles = []
+    e.ready?.(err)
+  }
+
+  end () {
+    process.removeListener('message', this.take)
+    for (const id of this.of.keys()) this.drop(id, new TaskError('the worker ends', 'cancelled'))
+  }
+}
+
+// A listener comes bare, so that nobody is accepted before the handler looks.
+function usable ({ handle, server }) {
+  return server ? net.createServer().listen(handle) : handle
+}
+
 function report (err) {
   console.error('remuda: a subscriber failed:', err)
 }
@@ -143,7 +250,8 @@ class Server {
       this.idle()
     }
     process.on('SIGTERM', this.term)
-    const hello = { remuda: VERSION, max_frame: MAX_FRAME, pid: process.pid, sdk: 'node ' + process.versions.node }
+    if (process.channel && typeof process.send === 'function') this.handles = new Handles()
+    const hello = { remuda: VERSION, max_frame: MAX_FRAME, pid: process.pid, sdk: 'node ' + process.versions.node, handles: !!this.handles }
     this.send(T.HELLO, 0, encode(hello))
   }
 
@@ -220,13 +328,18 @@ class Server {
         const n = b.readUInt16LE(4)
         if (6 + n > b.length) throw new Error('short task')
         const task = new Task(this, id, b.toString('utf8', 6, 6 + n), b.subarray(6 + n))
-        task._began = performance.now()
         this.tasks.set(id, task)
-        this.run(id, task)
+        if (this.handles) this.handles.await(id, (err, handles) => this.begin(id, task, err, handles))
+        else this.run(id, task)
         return
       }
+      case T.HANDLES:
+        if (!this.handles) throw new Error('handles for a worker that takes none')
+        this.handles.expect(id, b.length)
+        return
       case T.CANCEL:
         this.tasks.get(id)?._cancel()
+        this.handles?.drop(id, new TaskError('cancelled', 'cancelled'))
         return
       case T.PING:
         this.send(T.PONG, id, Buffer.from(b))
@@ -245,7 +358,26 @@ class Server {
     }
   }
 
+  begin (id, task, err, handles) {
+    if (err) {
+      task._began = performance.now()
+      this.fail(id, err)
+      return
+    }
+    if (handles) {
+      try {
+        task._give(handles.map(usable))
+      } catch (err) {
+        task._began = performance.now()
+        this.fail(id, err)
+        return
+      }
+    }
+    this.run(id, task)
+  }
+
   run (id, task) {
+    task._began = performance.now()
     try {
       const h = this.handlers[task.name] ?? this.handlers['']
       if (typeof h !== 'function') {
@@ -269,6 +401,11 @@ class Server {
       this.fail(id, err)
       return
     }
+    this.over(id)
+  }
+
+  over (id) {
+    this.tasks.get(id)._done()
     this.tasks.delete(id)
     this.idle()
   }
@@ -286,8 +423,7 @@ class Server {
     }
     if (b.length > this.peerMax) b = encode({ message: 'the error is too large to be sent' })
     this.send(T.ERROR, id, b, this.took(id))
-    this.tasks.delete(id)
-    this.idle()
+    this.over(id)
   }
 
   // Microseconds since the handler was called; 0 would say nothing.
@@ -342,6 +478,7 @@ class Server {
     if (this.ended) return
     this.ended = true
     process.removeListener('SIGTERM', this.term)
+    this.handles?.end()
     for (const t of this.tasks.values()) t._cancel()
     this.socket.destroy()
     this.done(err)

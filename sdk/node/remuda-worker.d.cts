@@ -1,4 +1,6 @@
 /// <reference types="node" />
+import type { Socket as UDPSocket } from 'node:dgram'
+import type { Server, Socket } from 'node:net'
 
 /** A failure with a code for programs. */
 export class TaskError extends Error {
@@ -17,6 +19,12 @@ export class Task {
   readonly data: any
   /** Fires when the answer is not wanted any more. */
   readonly signal: AbortSignal
+  /**
+   * What came along: connections and pipes to read from as Socket, listeners as
+   * Server, UDP sockets as dgram.Socket, other ends of pipes bare. A handler that
+   * has looked at this must close them; else they are closed at its end.
+   */
+  readonly handles: Array<Socket | Server | UDPSocket>
   /** Tells whoever waits how far the task is. */
   progress (value: unknown): void
   /** Sends a piece of the result ahead of the rest. */
