@@ -173,7 +173,7 @@ func (s setting) moreWorkers() string {
 }
 
 func (s setting) moreTasks(r Recent) string {
-	advice := "submit more tasks at a time: call Do from more goroutines"
+	advice := "submit more tasks at a time"
 	// So many would be busy for three quarters of the time.
 	enough := max(int(math.Ceil(float64(s.size)*r.Utilization/0.75)), 1)
 	switch {

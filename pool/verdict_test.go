@@ -61,7 +61,7 @@ func TestVerdictRules(t *testing.T) {
 
 		{"starved", Recent{Utilization: 0.1, Waiting: 0.09, Run: run}, with(func(s *setting) { s.size, s.least, s.most = 8, 8, 8 }), QueueStarved, "90 % of the places of 8 workers were free", "lower Size from 8 to 2"},
 		{"starved, elastic", Recent{Utilization: 0.1, Run: run}, with(func(s *setting) { s.size, s.least, s.most = 4, 4, 8 }), QueueStarved, "", "lower Min from 4 to 1"},
-		{"starved, shrinks", Recent{Utilization: 0.1, Run: run}, with(func(s *setting) { s.size, s.least, s.most = 4, 1, 8 }), QueueStarved, "", "more goroutines"},
+		{"starved, shrinks", Recent{Utilization: 0.1, Run: run}, with(func(s *setting) { s.size, s.least, s.most = 4, 1, 8 }), QueueStarved, "", "submit more tasks"},
 		{"half used", Recent{Utilization: 0.5, Run: run}, fixed, Balanced, "", ""},
 		{"some wait", Recent{Utilization: 0.3, Waiting: 0.1, Run: run}, fixed, Balanced, "", ""},
 		{"sticky", Recent{Utilization: 0.5, Waiting: 0.5, Run: run}, with(func(s *setting) { s.keyed = true }), WorkersSaturated, "of their keys, while 50 % of the places", "spread Task.Key"},
