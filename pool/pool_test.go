@@ -5,10 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -249,6 +252,63 @@ func TestMaxMemory(t *testing.T) {
 	var we *WorkerError
 	if _, err := p.Do(ctx, Task{Name: "balloon", Body: []byte("450")}); !errors.As(err, &we) || !strings.Contains(we.Cause, "250 MB are allowed") {
 		t.Errorf("Do = %v", err)
+	}
+}
+
+// One task at a time, as its caller reads the answer: workers are killed,
+// stopped and slow, callers leave, and each task ends once.
+func TestOneAtATime(t *testing.T) {
+	p := newPool(t, Options{Size: 1, Grace: 50 * time.Millisecond, PoisonAfter: -1})
+	ctx := limit(t)
+	var pid atomic.Int64
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for i := range 10 {
+			select {
+			case <-stop:
+				return
+			case <-time.After(20 * time.Millisecond):
+			}
+			if n := int(pid.Load()); n > 0 {
+				_ = syscall.Kill(n, []syscall.Signal{syscall.SIGKILL, syscall.SIGSTOP}[i%2]) // gone: just as well
+			}
+		}
+	})
+	died, left := 0, 0
+	for i := range 5000 {
+		do, cancel := context.WithTimeout(ctx, 5*time.Second)
+		name, patience := "", time.Duration(0)
+		switch i % 100 {
+		case 50:
+			name, patience = "wait", time.Millisecond
+		case 60:
+			patience = time.Duration(rand.IntN(100)) * time.Microsecond
+		}
+		if patience > 0 {
+			time.AfterFunc(patience, cancel)
+		}
+		body := strconv.Itoa(i)
+		// A worker that was stopped does not give up in time.
+		r, err := p.Do(do, Task{Name: name, Body: []byte(body), Timeout: 200 * time.Millisecond})
+		cancel()
+		switch {
+		case err == nil && (string(r.Body) != body || name == "wait"):
+			t.Fatalf("task %d: %q", i, r.Body)
+		case err == nil:
+			pid.Store(int64(r.PID))
+		case errors.Is(err, ErrWorkerDied):
+			died++
+		case errors.Is(err, ErrTimeout) || errors.Is(err, context.Canceled):
+			left++
+		default:
+			t.Fatalf("task %d: %v", i, err)
+		}
+	}
+	close(stop)
+	wg.Wait()
+	if s := p.Stats(); s.Done != uint64(5000-died-left) || died+left < 50 {
+		t.Errorf("%d died, %d left, %+v", died, left, s)
 	}
 }
 
