@@ -15,6 +15,9 @@ import (
 type ChannelOptions struct {
 	MaxFrame  int // largest payload taken, in bytes; 0: DefaultMaxFrame
 	MaxQueued int // bytes that wait for the other side; 0: DefaultMaxQueued
+	// Shared is from how many bytes on payloads are taken in shared memory. 0:
+	// DefaultShared; below 0: none are, nor sent.
+	Shared int
 }
 
 // Channel carries frames over a Unix stream socket, either end of it. One
@@ -26,6 +29,12 @@ type Channel struct {
 	r    frameReader
 	peer atomic.Int64 // the largest payload that the other side takes
 	open atomic.Bool  // the other side takes descriptors
+
+	own    *shelf
+	theirs views
+	from   int          // as ChannelOptions.Shared; 0: none
+	shared atomic.Int64 // the other side's; 0: none
+	parent bool
 }
 
 // Pair makes the two ends of a channel, both close-on-exec. The caller owns
@@ -49,7 +58,12 @@ func NewChannel(f *os.File, o ChannelOptions) (*Channel, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Channel{sock: sock, w: newWriter(sock, o.MaxQueued), in: newInbox(sock)}
+	c := &Channel{sock: sock, w: newWriter(sock, o.MaxQueued), in: newInbox(sock), from: max(o.Shared, 0)}
+	if o.Shared == 0 {
+		c.from = DefaultShared
+	}
+	c.own = &shelf{w: c.w, idle: sharedIdle, segs: make(map[uint32]*block), buffers: make(map[*Buffer]*block)}
+	c.theirs.w = c.w
 	c.r.limit = o.MaxFrame
 	if c.r.limit <= 0 {
 		c.r.limit = DefaultMaxFrame
@@ -63,6 +77,9 @@ func NewChannel(f *os.File, o ChannelOptions) (*Channel, error) {
 func (c *Channel) SetPeer(h Hello) {
 	c.peer.Store(int64(h.MaxFrame))
 	c.open.Store(h.Files)
+	if c.from > 0 { // who takes none sends none
+		c.shared.Store(int64(h.Shared))
+	}
 }
 
 // Send sends a frame. It does not wait for the other side: ErrFull says that
@@ -142,7 +159,7 @@ func (c *Channel) Unsubscribe(topic string) error {
 // SendHello sends the hello.
 func (c *Channel) SendHello(h Hello) error {
 	h.Remuda = Version
-	h.MaxFrame, h.Files = c.r.limit, true
+	h.MaxFrame, h.Files, h.Shared = c.r.limit, true, c.from
 	if err := c.w.queue(AppendHello(nil, h), nil); err != nil {
 		return err
 	}
@@ -155,23 +172,57 @@ type Answer struct {
 	Took  time.Duration // in the handler; 0: not told
 	Files []*os.File    // at most MaxFiles; the caller's. Not with an error
 	Soon  bool          // as SendSoon
+	Lease *Lease        // of memory that the result may lie in; it ends
+}
+
+// Lease returns memory of n bytes for a result, which the other side will see
+// as it is; nil where none is to be had. It must be given to SendResult, or be
+// ended.
+func (c *Channel) Lease(n int) *Lease {
+	if c.shared.Load() == 0 {
+		return nil
+	}
+	return c.own.lease(n)
+}
+
+// share has a payload lie in shared memory, where the other side takes it so.
+func (c *Channel) share(payload []byte, l *Lease, buf *Buffer) *Lease {
+	if l != nil {
+		if off, ok := within(l.Bytes(), payload); ok {
+			l.off, l.n = off, len(payload)
+			return l
+		}
+		l.End()
+	}
+	if from := c.shared.Load(); from == 0 || int64(len(payload)) < from {
+		return nil
+	}
+	return c.own.share(payload, buf)
 }
 
 // SendResult sends a result, as Send does. ErrNoFiles: the other side takes no
 // descriptors.
 func (c *Channel) SendResult(id uint32, payload []byte, a Answer) error {
 	if int64(len(payload)) > c.peer.Load() {
+		a.Lease.End()
 		return c.tooLarge(len(payload))
 	}
-	var space [2*HeaderSize + MaxFiles]byte
+	var space [3*HeaderSize + MaxFiles + sharedSize]byte
 	head, fds, err := c.handles(space[:0], id, a.Files)
 	if err != nil {
+		a.Lease.End()
 		return err
+	}
+	l := c.share(payload, a.Lease, nil)
+	if l != nil {
+		head, payload = appendShared(head, id, l), nil
+		c.own.send(l) // before it is, so that no RELEASE can come first
 	}
 	at := len(head)
 	head = AppendHeader(head, TypeResult, id, len(payload))
 	setTook(head[at:], a.Took)
 	if err := c.w.queueFDs(head, payload, fds); err != nil {
+		l.End()
 		return err
 	}
 	c.w.flush(a.Soon)
@@ -194,17 +245,18 @@ func (c *Channel) SendError(id uint32, e *TaskError, a Answer) error {
 
 // Receive returns the next frame: io.EOF at the end between two frames,
 // ErrProtocol or ErrTooLarge, io.ErrUnexpectedEOF within a frame, or the
-// system's error. A HANDLES frame is no frame of its own here: what it announces
-// is in the Files of the one that it precedes. The payload is the caller's to keep only where owned is set;
+// system's error. HANDLES and SHARED frames are no frames of their own here: what
+// they announce is in the one that they precede. What is to be done about a
+// SEGMENT, RELEASE or FORGET frame is done when it is returned. The payload is the caller's to keep only where owned is set;
 // else it is valid until the next call. more says that another frame is here
 // already.
 func (c *Channel) Receive() (f Frame, owned, more bool, err error) {
 	f, owned, err = c.r.next()
-	if err == nil && f.Type == TypeHandles {
-		f, owned, err = c.withFiles(f)
+	if err == nil && f.Type >= TypeHandles {
+		f, owned, err = c.special(f, owned)
 	}
 	if err == nil && c.r.start == c.r.end && c.in.waiting() > 0 {
-		closeFiles(f.Files)
+		f.drop()
 		err = fmt.Errorf("%w: descriptors that no frame has announced", ErrProtocol)
 	}
 	if err != nil {
@@ -269,4 +321,6 @@ func (c *Channel) Close() {
 	c.w.fail(ErrClosed)
 	c.sock.Close()
 	c.in.close()
+	c.own.close()
+	c.theirs.close()
 }

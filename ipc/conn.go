@@ -67,11 +67,21 @@ type Request struct {
 	To    Receiver
 	Wait  bool // the caller will call Await, where the Conn has it
 
+	// Buffer is the one that Body lies in, where that is so: a worker that shares
+	// memory gets it as it is. It must not be changed until the end.
+	Buffer *Buffer
+	// Share has End given a body that lies in the worker's memory, where it
+	// comes so: Release must be called then, and until then the worker can
+	// change it.
+	Share bool
+
 	// Of the answer, set before End:
-	Got  []*os.File    // what came along; the Receiver's own
-	Took time.Duration // in the worker's handler, as it says; 0: not told
+	Release func()        // not nil where the body is the worker's memory
+	Got     []*os.File    // what came along; the Receiver's own
+	Took    time.Duration // in the worker's handler, as it says; 0: not told
 
 	id        uint32
+	lease     *Lease // of what it was sent in
 	sent      bool
 	cancelled bool
 }
@@ -79,7 +89,7 @@ type Request struct {
 // Reset makes a request that has ended ready to be started again.
 func (r *Request) Reset() {
 	r.id, r.sent, r.cancelled = 0, false, false
-	r.Got, r.Took = nil, 0
+	r.Got, r.Took, r.Release = nil, 0, nil
 }
 
 // Options bound what a Conn takes. The zero value is useful.
@@ -87,6 +97,11 @@ type Options struct {
 	MaxMessage  int // bytes of one message's payload; 0: DefaultMaxFrame
 	MaxQueued   int // bytes that wait for the worker; 0: DefaultMaxQueued
 	Concurrency int // told to frames workers: tasks under way at a time
+
+	// Shared is from how many bytes on bodies travel in shared memory, to frames
+	// workers that take them so, and from them. 0: DefaultShared; below 0: none
+	// do.
+	Shared int
 
 	// Topics is what frames workers publish to and subscribe to. Nil: what they
 	// publish goes nowhere, and they hear nothing.
@@ -136,12 +151,13 @@ type frames struct {
 // NewFrames speaks the frames protocol over f, the parent's end of a Pair,
 // which it takes over unless it fails.
 func NewFrames(f *os.File, o Options) (Conn, error) {
-	ch, err := NewChannel(f, ChannelOptions{MaxFrame: o.MaxMessage, MaxQueued: o.MaxQueued})
+	ch, err := NewChannel(f, ChannelOptions{MaxFrame: o.MaxMessage, MaxQueued: o.MaxQueued, Shared: o.Shared})
 	if err != nil {
 		return nil, err
 	}
+	ch.parent = true
 	// Queued now, so that it is the first frame whatever is called next.
-	hello := AppendHello(nil, Hello{Remuda: Version, MaxFrame: ch.r.limit, Concurrency: o.Concurrency, Files: true})
+	hello := AppendHello(nil, Hello{Remuda: Version, MaxFrame: ch.r.limit, Concurrency: o.Concurrency, Files: true, Shared: ch.from})
 	if err := ch.w.queue(hello, nil); err != nil {
 		return nil, err
 	}
@@ -183,6 +199,7 @@ func (c *frames) Serve(ready func()) error {
 	c.subs.end()
 	c.endSide()
 	for _, r := range left {
+		r.lease.End()
 		r.To.End(r, nil, c.err)
 	}
 	return err
@@ -220,9 +237,9 @@ func (c *frames) turn(ready func()) error {
 }
 
 func (c *frames) handle(f Frame, owned bool, ready func()) error {
-	if f.Files != nil && f.Type != TypeResult {
-		closeFiles(f.Files)
-		return fmt.Errorf("%w: descriptors with a frame %s of a worker", ErrProtocol, f.Type)
+	if (f.Files != nil || f.Shared != nil) && f.Type != TypeResult {
+		f.drop()
+		return fmt.Errorf("%w: descriptors or shared memory with a frame %s of a worker", ErrProtocol, f.Type)
 	}
 	if !c.ready && f.Type != TypeHello {
 		return fmt.Errorf("%w: the worker's first frame is %s, not HELLO", ErrProtocol, f.Type)
@@ -256,13 +273,24 @@ func (c *frames) handle(f Frame, owned bool, ready func()) error {
 		delete(c.pending, f.ID)
 		c.mu.Unlock()
 		if r == nil {
-			closeFiles(f.Files)
+			f.drop()
 			return fmt.Errorf("%w: %s for %d, which is no task under way", ErrProtocol, f.Type, f.ID)
 		}
+		r.lease.End()
 		r.Got, r.Took = f.Files, f.Took
 		c.lead.ended(r)
 		if f.Type == TypeResult {
-			r.To.End(r, keep(), nil)
+			switch {
+			case f.Shared == nil:
+				r.To.End(r, keep(), nil)
+			case r.Share:
+				r.Release = f.Shared.Release
+				r.To.End(r, f.Shared.Bytes, nil)
+			default:
+				body := append([]byte(nil), f.Shared.Bytes...)
+				f.Shared.Release()
+				r.To.End(r, body, nil)
+			}
 			return nil
 		}
 		e, err := ParseError(f.Payload)
@@ -288,7 +316,7 @@ func (c *frames) handle(f Frame, owned bool, ready func()) error {
 		c.ch.Hold()
 	case TypePing:
 		return c.ch.Send(TypePong, f.ID, keep())
-	case TypePong:
+	case TypePong, TypeSegment, TypeForget:
 	case TypeSubscribe, TypeUnsubscribe, TypePublish:
 		return c.subs.handle(f)
 	default:
@@ -325,12 +353,17 @@ func (c *frames) Start(r *Request) error {
 			return err
 		}
 	}
-	var space [128]byte
+	body, l := r.Body, c.ch.share(r.Body, nil, r.Buffer)
+	if l != nil {
+		body = nil
+	}
+	var space [160]byte
 	c.mu.Lock()
 	if c.err != nil || r.cancelled {
 		err := c.err
 		c.mu.Unlock()
 		fdpass.Close(fds)
+		l.End()
 		if err == nil {
 			err = ErrCancelled
 		}
@@ -343,21 +376,24 @@ func (c *frames) Start(r *Request) error {
 		}
 	}
 	// Queued under the lock, so that a cancel comes after it.
-	head := appendTask(appendHandles(space[:0], c.last, fds), c.last, r.Name, r.Timeout, len(r.Body))
+	head := appendShared(appendHandles(space[:0], c.last, fds), c.last, l)
+	head = appendTask(head, c.last, r.Name, r.Timeout, len(body))
 	if handles != nil {
 		fds = nil // the side channel's from now on
 		if err := c.sendHandles(c.last, handles); err != nil {
 			c.mu.Unlock()
+			l.End()
 			c.side.conn.w.flush(false)
 			c.ch.w.flush(false)
 			return err
 		}
 	}
-	if err := c.ch.w.queueFDs(head, r.Body, fds); err != nil {
+	if err := c.ch.w.queueFDs(head, body, fds); err != nil {
 		c.mu.Unlock()
+		l.End()
 		return err
 	}
-	r.id, r.sent = c.last, true
+	r.id, r.sent, r.lease = c.last, true, l
 	c.pending[r.id] = r
 	c.lead.started(r)
 	busy := len(c.pending) >= busyFrom

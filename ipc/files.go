@@ -88,16 +88,84 @@ func appendHandles(dst []byte, id uint32, fds []int) []byte {
 	return dst
 }
 
-// withFiles takes what the HANDLES frame h announces and returns the frame that
-// it belongs to, which is the next.
-func (c *Channel) withFiles(h Frame) (Frame, bool, error) {
-	if len(h.Payload) == 0 {
-		return Frame{}, false, fmt.Errorf("%w: HANDLES without any", ErrProtocol)
+// special does what there is to be done about a frame that is not for the one
+// who calls Receive, and returns the one that is.
+func (c *Channel) special(f Frame, owned bool) (Frame, bool, error) {
+	var err error
+	switch f.Type {
+	case TypeHandles, TypeShared:
+		return c.preceded(f)
+	case TypeSegment:
+		err = c.theirs.add(f.ID, f.Payload, c.in)
+	case TypeForget:
+		err = c.theirs.forget(f.ID)
+	case TypeRelease:
+		if c.parent {
+			err = fmt.Errorf("%w: RELEASE from a worker", ErrProtocol)
+		} else {
+			err = c.own.released(f.ID)
+		}
 	}
-	kinds := append([]byte(nil), h.Payload...)
+	return f, owned, err
+}
+
+// preceded takes what f, a HANDLES or SHARED frame, announces and returns the
+// frame that it belongs to, which is the next, but for the other of the two.
+func (c *Channel) preceded(f Frame) (to Frame, owned bool, err error) {
+	id, of := f.ID, f.Type
+	var with Frame
+	defer func() {
+		if err != nil {
+			with.drop()
+			to, err = Frame{}, unexpected(err)
+		}
+	}()
+	for ; err == nil && (f.Type == TypeHandles || f.Type == TypeShared) && f.ID == id; f, owned, err = c.r.next() {
+		of = f.Type
+		switch {
+		case f.Type == TypeHandles && with.Files == nil:
+			if with.Files, err = c.announced(f.Payload); err != nil {
+				return f, false, err
+			}
+		case f.Type == TypeShared && with.Shared == nil:
+			if with.Shared, err = c.theirs.use(f.Payload, c.r.limit); err != nil {
+				return f, false, err
+			}
+		default:
+			return f, false, fmt.Errorf("%w: a second %s for %d", ErrProtocol, f.Type, id)
+		}
+	}
+	switch {
+	case err != nil:
+		return f, false, err
+	case f.ID != id || f.Type != TypeTask && f.Type != TypeResult:
+		return f, false, fmt.Errorf("%w: %s for %d precedes %s for %d", ErrProtocol, of, id, f.Type, f.ID)
+	case with.Shared != nil && f.Type == TypeResult && len(f.Payload) > 0:
+		return f, false, fmt.Errorf("%w: a result both in shared memory and not", ErrProtocol)
+	}
+	f.Files, f.Shared = with.Files, with.Shared
+	if f.Shared != nil {
+		f.Shared.tell = f.Type == TypeResult
+	}
+	return f, owned, nil
+}
+
+// drop gives back what came along with a frame.
+func (f *Frame) drop() {
+	closeFiles(f.Files)
+	f.Shared.Release()
+	f.Files, f.Shared = nil, nil
+}
+
+// announced takes the descriptors that a HANDLES frame announces.
+func (c *Channel) announced(payload []byte) ([]*os.File, error) {
+	if len(payload) == 0 {
+		return nil, fmt.Errorf("%w: HANDLES without any", ErrProtocol)
+	}
+	kinds := append([]byte(nil), payload...)
 	files, err := c.in.take(len(kinds))
 	if err != nil {
-		return Frame{}, false, err
+		return nil, err
 	}
 	for i, f := range files {
 		var kind byte
@@ -106,17 +174,8 @@ func (c *Channel) withFiles(h Frame) (Frame, bool, error) {
 		}
 		if kind != kinds[i] || kind == 0 {
 			closeFiles(files)
-			return Frame{}, false, fmt.Errorf("%w: a descriptor of kind %d was announced as %d", ErrProtocol, kind, kinds[i])
+			return nil, fmt.Errorf("%w: a descriptor of kind %d was announced as %d", ErrProtocol, kind, kinds[i])
 		}
 	}
-	f, owned, err := c.r.next()
-	if err == nil && (f.ID != h.ID || f.Type != TypeTask && f.Type != TypeResult) {
-		err = fmt.Errorf("%w: HANDLES for %d precede %s for %d", ErrProtocol, h.ID, f.Type, f.ID)
-	}
-	if err != nil {
-		closeFiles(files)
-		return Frame{}, false, unexpected(err)
-	}
-	f.Files = files
-	return f, owned, nil
+	return files, nil
 }

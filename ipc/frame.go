@@ -52,13 +52,18 @@ const (
 	TypeSubscribe   Type = 12 // to the parent: what the worker wants to hear
 	TypeUnsubscribe Type = 13 // to the parent: and what not any more
 	TypePublish     Type = 14 // both: a message for whoever has subscribed
+
+	TypeSegment Type = 15 // both: memory that the sender shares
+	TypeShared  Type = 16 // both: the next frame's body is in it
+	TypeRelease Type = 17 // to the worker: it may use the segment again
+	TypeForget  Type = 18 // both: the sender will not use the segment again
 )
 
 // Optional reports whether a reader that does not know the type skips it.
 func (t Type) Optional() bool { return t >= 128 }
 
 func (t Type) String() string {
-	names := [...]string{"0", "HELLO", "TASK", "RESULT", "ERROR", "PROGRESS", "CHUNK", "CANCEL", "PING", "PONG", "STOP", "HANDLES", "SUBSCRIBE", "UNSUBSCRIBE", "PUBLISH"}
+	names := [...]string{"0", "HELLO", "TASK", "RESULT", "ERROR", "PROGRESS", "CHUNK", "CANCEL", "PING", "PONG", "STOP", "HANDLES", "SUBSCRIBE", "UNSUBSCRIBE", "PUBLISH", "SEGMENT", "SHARED", "RELEASE", "FORGET"}
 	if int(t) < len(names) {
 		return names[t]
 	}
@@ -72,6 +77,7 @@ type Frame struct {
 	Payload []byte
 	Took    time.Duration // RESULT and ERROR: the handler's time as it says; 0: not told
 	Files   []*os.File    // TASK and RESULT: what came along; the receiver's own
+	Shared  *Shared       // TASK and RESULT: the body, where it is not in Payload; to be released
 }
 
 var (
@@ -129,8 +135,12 @@ func parseHeader(b []byte, limit int) (t Type, id uint32, n int, err error) {
 		limit = min(limit, maxPing)
 	case TypeTask:
 		limit += taskHeader + maxName
-	case TypeStop, TypeCancel:
+	case TypeStop, TypeCancel, TypeRelease, TypeForget:
 		limit = 0
+	case TypeSegment:
+		limit = 8
+	case TypeShared:
+		limit = sharedSize
 	case TypeHandles:
 		limit = min(limit, MaxFiles)
 	case TypeSubscribe, TypeUnsubscribe:
@@ -157,6 +167,9 @@ type Hello struct {
 	// Handles says that a worker, a program of Node, takes descriptors over
 	// Node's own channel.
 	Handles bool `json:"handles,omitempty"`
+	// Shared is from how many bytes on the sender takes payloads in shared
+	// memory; 0: it takes none.
+	Shared int `json:"shm,omitempty"`
 }
 
 // AppendHello appends a hello frame.
@@ -177,8 +190,8 @@ func ParseHello(b []byte) (Hello, error) {
 	if h.Remuda != Version {
 		return Hello{}, fmt.Errorf("%w: the other side speaks version %d of the frames protocol, this one version %d", ErrProtocol, h.Remuda, Version)
 	}
-	if h.MaxFrame < 0 {
-		return Hello{}, fmt.Errorf("%w: hello: max_frame %d", ErrProtocol, h.MaxFrame)
+	if h.MaxFrame < 0 || h.Shared < 0 {
+		return Hello{}, fmt.Errorf("%w: hello: max_frame %d, shm %d", ErrProtocol, h.MaxFrame, h.Shared)
 	}
 	if h.MaxFrame == 0 {
 		h.MaxFrame = DefaultMaxFrame
@@ -298,7 +311,7 @@ func (r *frameReader) whole() bool {
 		if uint64(len(b)-HeaderSize) < uint64(n) {
 			return false
 		}
-		if Type(b[4]) != TypeHandles {
+		if t := Type(b[4]); t != TypeHandles && t != TypeShared {
 			return true
 		}
 		b = b[HeaderSize+n:]

@@ -38,13 +38,14 @@ func (e *enemy) sendFDs(fds []int, parts ...[]byte) {
 	}
 	for len(data) > 0 {
 		n := 0
-		err = rc.Write(func(fd uintptr) bool {
+		var errSend error
+		err := rc.Write(func(fd uintptr) bool {
 			v := unix.Iovec{Base: &data[0]}
 			v.SetLen(len(data))
-			n, err = fdpass.Send(fd, []unix.Iovec{v}, fds)
-			return !errors.Is(err, unix.EAGAIN)
+			n, errSend = fdpass.Send(fd, []unix.Iovec{v}, fds)
+			return !errors.Is(errSend, unix.EAGAIN)
 		})
-		if err != nil {
+		if err != nil || errSend != nil {
 			return // the parent has had enough
 		}
 		data, fds = data[n:], nil

@@ -209,6 +209,9 @@ func newEnds() *ends { return &ends{c: make(chan struct{}, 1000)} }
 
 func (e *ends) End(r *Request, body []byte, err error) {
 	closeFiles(r.Got)
+	if r.Release != nil {
+		r.Release()
+	}
 	e.mu.Lock()
 	e.got = append(e.got, fmt.Sprintf("%s: %s, %v", r.Body, body, err))
 	e.mu.Unlock()
@@ -335,33 +338,52 @@ func TestFramesConn(t *testing.T) {
 	}
 }
 
-// FuzzFrames feeds a parent what a worker may write.
+// FuzzFrames feeds a parent what a worker may write, with descriptors from the
+// byte at on.
 func FuzzFrames(f *testing.F) {
 	hello := AppendHello(nil, Hello{Remuda: 1})
-	f.Add(AppendFrame(hello, Frame{Type: TypeResult, ID: 1, Payload: []byte("x")}))
-	f.Add(AppendError(hello, 2, &TaskError{Message: "m", Code: "c"}))
-	f.Add([]byte{1, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 0})
-	f.Fuzz(func(t *testing.T, wire []byte) {
+	f.Add(AppendFrame(hello, Frame{Type: TypeResult, ID: 1, Payload: []byte("x")}), uint16(0), uint8(0))
+	f.Add(AppendError(hello, 2, &TaskError{Message: "m", Code: "c"}), uint16(0), uint8(0))
+	f.Add([]byte{1, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 0}, uint16(0), uint8(1))
+	at := uint16(len(hello))
+	f.Add(bytes.Join([][]byte{hello, frame(TypeHandles, 1, 1, 2), frame(TypeResult, 1)}, nil), at, uint8(2))
+	f.Add(bytes.Join([][]byte{hello, segmentFrame(1, 64<<10), sharedFrame(1, 1, 0, 100), frame(TypeResult, 1), frame(TypeForget, 1)}, nil), at, uint8(1))
+	f.Add(bytes.Join([][]byte{hello, frame(TypeSubscribe, 0, 0, 'a', '*'), frame(TypePublish, 0, 1, 'a', 'b'), frame(TypeUnsubscribe, 0, 'a', '*')}, nil), at, uint8(0))
+	f.Add(bytes.Join([][]byte{hello, frame(TypeProgress, 1, 1), frame(TypeChunk, 1, 2), frame(TypeResult, 1)}, nil), at, uint8(0))
+	f.Fuzz(func(t *testing.T, wire []byte, at uint16, n uint8) {
 		a, b := pair(t)
-		conn, err := NewFrames(a, Options{MaxMessage: 1 << 16})
+		topics := NewTopics()
+		conn, err := NewFrames(a, Options{MaxMessage: 1 << 16, Topics: topics})
 		if err != nil {
 			t.Fatal(err)
 		}
 		e := newEnds()
-		for range 3 {
-			if err := conn.Start(&Request{To: e}); err != nil {
+		for i := range 3 {
+			if err := conn.Start(&Request{To: e, Share: i == 0}); err != nil {
 				t.Fatal(err)
 			}
 		}
+		mem := memfd(t, 64<<10, 0, segmentSeals)
+		defer func() { _ = unix.Close(mem) }()
+		var fds []int
+		for range n % 20 {
+			fds = append(fds, mem)
+		}
 		var wg sync.WaitGroup
 		defer wg.Wait()
+		w := &enemy{t: t, f: b}
+		cut := min(int(at), len(wire))
 		wg.Go(func() {
-			_, _ = b.Write(wire)
+			w.sendFDs(nil, wire[:cut])
+			w.sendFDs(fds, wire[cut:])
 			b.Close()
 		})
 		_ = conn.Serve(func() {})
 		if len(e.got) != 3 {
 			t.Errorf("%d of 3 requests ended: %q", len(e.got), e.got)
+		}
+		if len(topics.exact)+len(topics.prefix) > 0 || mapped(t) > 0 {
+			t.Error("subscriptions or shared memory are left")
 		}
 	})
 }

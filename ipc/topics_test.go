@@ -312,7 +312,9 @@ func TestSlowWorker(t *testing.T) {
 			t.Error("nothing was dropped")
 		}
 		w.Close()
-		_ = <-served
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
 	}
 }
 

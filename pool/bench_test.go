@@ -109,3 +109,34 @@ func BenchmarkDo1(b *testing.B)           { benchmarkDo(b, 1, 1) }
 func BenchmarkDo64(b *testing.B)          { benchmarkDo(b, 2, 64) }
 func BenchmarkDo64Workers8(b *testing.B)  { benchmarkDo(b, 8, 64) }
 func BenchmarkDo64Workers64(b *testing.B) { benchmarkDo(b, 64, 64) }
+
+// 64 MiB there and back, by the socket and by shared memory: copied in and out,
+// and where it is.
+func BenchmarkSocket64MiB(b *testing.B) { bench64(b, -1, false) }
+
+func BenchmarkShared64MiB(b *testing.B) {
+	b.Run("copied", func(b *testing.B) { bench64(b, 0, false) })
+	b.Run("in place", func(b *testing.B) { bench64(b, 0, true) })
+}
+
+func bench64(b *testing.B, from int, inPlace bool) {
+	const size = 64 << 20
+	p := newPool(b, Options{Size: 1, SharedMemory: from})
+	t := Task{Body: make([]byte, size)}
+	if inPlace {
+		buf, err := p.Buffer(size)
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer buf.Release()
+		t = Task{Name: "filled", Body: buf.Bytes(), Buffer: buf, ShareResult: true}
+	}
+	b.SetBytes(2 * size)
+	for b.Loop() {
+		r, err := p.Do(b.Context(), t)
+		if err != nil || len(r.Body) != size {
+			b.Fatal(len(r.Body), err)
+		}
+		r.Release()
+	}
+}

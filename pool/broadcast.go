@@ -79,6 +79,6 @@ func (p *Pool) newCall(t *Task, now time.Time) *call {
 	if c.timeout == 0 {
 		c.timeout = p.o.Timeout
 	}
-	c.req = ipc.Request{Name: t.Name, Body: t.Body, Files: t.Files, Timeout: max(c.timeout, 0), To: c}
+	c.req = ipc.Request{Name: t.Name, Body: t.Body, Files: t.Files, Buffer: t.Buffer, Share: t.ShareResult, Timeout: max(c.timeout, 0), To: c}
 	return c
 }

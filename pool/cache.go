@@ -17,7 +17,7 @@ import (
 // task is given up when the last has left. What ended in a result is kept for
 // TTL, a failure never is.
 //
-// Tasks with OnProgress, OnChunk or Files are neither kept nor shared. A result
+// Tasks with OnProgress, OnChunk, Files or ShareResult are neither kept nor shared. A result
 // with Files is one caller's alone: the others' tasks are then done for each.
 //
 // Nothing is started or set aside as long as nothing is kept.
@@ -111,7 +111,7 @@ func newCache(o CacheOptions, next doFunc) (*cache, error) {
 
 // do answers a task from what is kept or under way, or by next.
 func (c *cache) do(ctx context.Context, t *Task) (Result, error) {
-	if t.CacheKey == "" || t.OnProgress != nil || t.OnChunk != nil || len(t.Files) > 0 {
+	if t.CacheKey == "" || t.OnProgress != nil || t.OnChunk != nil || t.ShareResult || len(t.Files) > 0 {
 		return c.next(ctx, t)
 	}
 	key, asked := cacheKey{t.Name, t.CacheKey}, time.Now()

@@ -229,7 +229,7 @@ def frame(type, id, b=b""): return struct.pack("<IBxxxI", len(b), type, id) + b
 def pack(*fds): return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
 def send(b, *fds): s.sendmsg([b], pack(*fds) if fds else [])
 EXTRA
-s.sendall(frame(1, 0, json.dumps({"remuda": 1, "files": True, "shm": True}).encode()))
+s.sendall(frame(1, 0, json.dumps({"remuda": 1, "files": True, "shm": 65536}).encode()))
 while len(head := f.read(12)) == 12:
     size, type, id = struct.unpack("<IBxxxI", head)
     body = f.read(size)

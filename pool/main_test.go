@@ -190,6 +190,26 @@ func handlers() sdk.Handlers {
 			}
 			return nil, err
 		},
+		"buffer": func(_ context.Context, t *sdk.Task) ([]byte, error) {
+			_ = t.ResultBuffer(10) // another is wanted after all
+			b := t.ResultBuffer(len(t.Body) + 2)
+			copy(b[1:], t.Body)
+			return b[1 : 1+len(t.Body)], nil
+		},
+		"filled": func(_ context.Context, t *sdk.Task) ([]byte, error) {
+			b := t.ResultBuffer(len(t.Body))
+			for i := 0; i < len(b); i += 4096 { // as somebody would who makes something
+				b[i] = t.Body[i] + 1
+			}
+			return b, nil
+		},
+		"waste": func(_ context.Context, t *sdk.Task) ([]byte, error) {
+			b := t.ResultBuffer(1 << 20)
+			if len(t.Body) > 1<<10 {
+				panic(string(b[:0]))
+			}
+			return []byte("x"), nil
+		},
 		"publish": func(_ context.Context, t *sdk.Task) ([]byte, error) {
 			return nil, t.Publish("say/"+t.Name, t.Body)
 		},

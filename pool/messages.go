@@ -19,10 +19,30 @@ func (p *Pool) Subscribe(topic string, o ipc.SubscribeOptions) (*ipc.Subscriptio
 	return p.o.Topics.Subscribe(topic, o)
 }
 
-// dropFiles closes what came with an answer that nobody waits for.
-func (c *call) dropFiles() {
+// Buffer makes n bytes that workers which share memory read where they are: a
+// task whose Body lies in it, and that names it as its Buffer, is not copied. It
+// is for any number of tasks, one after the other or at a time, of this pool or
+// others. The caller must Release it.
+func (p *Pool) Buffer(n int) (*ipc.Buffer, error) { return ipc.NewBuffer(n) }
+
+// Release says that Body is not used any more, which must not be touched then.
+// It must be called for the result of a task with ShareResult; for others it does
+// nothing. Until then the worker cannot use that memory again, but it can change
+// it, if it is up to no good: what matters is copied before it is checked.
+func (r *Result) Release() {
+	if r.release != nil {
+		r.release()
+		r.release = nil
+	}
+}
+
+// dropAnswer gives back what came with an answer that nobody waits for.
+func (c *call) dropAnswer() {
 	closeFiles(c.req.Got)
-	c.req.Got = nil
+	if c.req.Release != nil {
+		c.req.Release()
+	}
+	c.req.Got, c.req.Release = nil, nil
 }
 
 func closeFiles(files []*os.File) {

@@ -149,6 +149,11 @@ type Options struct {
 	// pools that have one in common hear each other. nil: one of the pool's own.
 	Topics *ipc.Topics
 
+	// SharedMemory is from how many bytes on bodies travel in shared memory,
+	// [Frames] only, to workers that take them so and from them. 0:
+	// [ipc.DefaultShared]; below 0: none do.
+	SharedMemory int
+
 	// Breaker puts a circuit breaker around the pool; nil: none. Cache keeps
 	// results and lets tasks share them; nil: none. Neither is changed.
 	Breaker *BreakerOptions

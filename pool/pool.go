@@ -25,6 +25,12 @@ type Task struct {
 	// else for the others. It must not be changed any more, also not when Do
 	// has returned early.
 	Body []byte
+	// Buffer is the one of [Pool.Buffer] that Body lies in, where that is so: a
+	// worker that shares memory reads Body where it is. nil: Body is copied.
+	Buffer *ipc.Buffer
+	// ShareResult has Result.Body be the worker's own memory where it comes in
+	// such, which spares a copy: see [Result.Release].
+	ShareResult bool
 	// Files go to the worker as duplicates: connections, listeners, other
 	// sockets, files. They stay the caller's, open until Do has returned. At
 	// most [ipc.MaxFiles] for [Frames], where the worker must take files
@@ -70,7 +76,7 @@ func (t *Task) check() error {
 
 // Result is what a task came to. The times are set for failures too.
 type Result struct {
-	Body     []byte        // the caller's own; with Exec also where the program failed
+	Body     []byte        // the caller's own, but see Release; with Exec also where the program failed
 	Files    []*os.File    // what the worker sent along; the caller's own, to be closed
 	Wait     time.Duration // from Do to the start on the worker that ended it
 	Run      time.Duration // on that worker
@@ -80,6 +86,8 @@ type Result struct {
 	// or is another call's, see [CacheOptions]. The other fields are zero where
 	// it was kept; else Wait is how long this call has waited, and Run is zero.
 	Cached bool
+
+	release func()
 }
 
 // Pool is a set of workers. Its methods may be called concurrently.
@@ -538,7 +546,7 @@ func (p *Pool) settle(c *call, body []byte, err error) (next *call) {
 	case c.ended:
 		// Nobody waits; what is left is the timer that would kill the worker.
 		stopTimer(c)
-		c.dropFiles()
+		c.dropAnswer()
 	case errors.Is(err, ErrWorkerDied):
 		// Exec: the process was the task's own.
 		var we *WorkerError
@@ -560,9 +568,9 @@ func (p *Pool) settle(c *call, body []byte, err error) (next *call) {
 		c.res.Body, c.took = body, c.req.Took
 		if err == nil {
 			p.suspects.clear(c)
-			c.res.Files = c.req.Got
+			c.res.Files, c.res.release = c.req.Got, c.req.Release
 		} else {
-			c.dropFiles()
+			c.dropAnswer()
 		}
 		p.finish(c, err)
 	}

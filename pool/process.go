@@ -46,7 +46,7 @@ func (s *starter) handles() bool {
 // channel starts a worker that has a channel.
 func (s *starter) channel(ctx context.Context, slot int) (proc.Process, ipc.Conn, error) {
 	var (
-		opts   = ipc.Options{MaxMessage: s.o.MaxMessage, Concurrency: s.o.Concurrency, Topics: s.o.Topics, HealthCheck: s.o.Heartbeat > 0}
+		opts   = ipc.Options{MaxMessage: s.o.MaxMessage, Concurrency: s.o.Concurrency, Topics: s.o.Topics, Shared: s.o.SharedMemory, HealthCheck: s.o.Heartbeat > 0}
 		files  = []*os.File{nil, s.o.Stdout, s.o.Stderr}
 		theirs []*os.File
 		ours   []*os.File

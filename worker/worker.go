@@ -46,7 +46,9 @@ var ErrNoChannel = errors.New("worker: " + ipc.FDVar + " is not set: this progra
 // Task is what there is to do.
 type Task struct {
 	Name string
-	Body []byte // the handler's own
+	// Body is the handler's own until it returns, and no longer: large ones lie
+	// in memory that the pool uses again.
+	Body []byte
 	// Files came with the task. They are closed when the handler has returned;
 	// one that keeps them sets Files to nil.
 	Files []*os.File
@@ -55,6 +57,19 @@ type Task struct {
 	srv   *server
 	began time.Time
 	reply []*os.File
+	in    *ipc.Shared // where Body lies, if it does
+	out   *ipc.Lease
+}
+
+// ResultBuffer returns n bytes for a result, not cleared: a large one that lies
+// in them gets to the pool without being copied. They are the handler's own until
+// it returns. The latest call counts; for the handler's goroutine.
+func (t *Task) ResultBuffer(n int) []byte {
+	t.out.End()
+	if t.out = t.srv.ch.Lease(n); t.out == nil {
+		return make([]byte, n)
+	}
+	return t.out.Bytes()
 }
 
 // Progress tells whoever waits for the task how far it is. It may be called
@@ -346,8 +361,13 @@ func (s *server) readAll() error {
 		if !s.greeted && f.Type != ipc.TypeHello {
 			return fmt.Errorf("%w: the parent's first frame is %s, not HELLO", ipc.ErrProtocol, f.Type)
 		}
-		if f.Files != nil && (f.Type != ipc.TypeTask || s.stopping) {
+		if f.Files != nil && s.stopping {
 			closeAll(f.Files)
+		}
+		if (f.Files != nil || f.Shared != nil) && f.Type != ipc.TypeTask {
+			closeAll(f.Files)
+			f.Shared.Release()
+			return fmt.Errorf("%w: descriptors or shared memory with a frame %s of the parent", ipc.ErrProtocol, f.Type)
 		}
 		switch f.Type {
 		case ipc.TypeHello:
@@ -361,16 +381,24 @@ func (s *server) readAll() error {
 			name, timeout, body, err := ipc.ParseTask(f.Payload)
 			if err != nil {
 				closeAll(f.Files)
+				f.Shared.Release()
 				return err
 			}
-			if !owned {
+			switch {
+			case f.Shared != nil && len(body) > 0:
+				f.Shared.Release()
+				return fmt.Errorf("%w: a task both in shared memory and not", ipc.ErrProtocol)
+			case f.Shared != nil:
+				body = f.Shared.Bytes
+			case !owned:
 				body = append([]byte(nil), body...)
 			}
 			if s.stopping {
+				f.Shared.Release()
 				_ = s.ch.SendError(f.ID, &Error{Code: ipc.CodeCancelled, Message: "the worker is stopping"}, ipc.Answer{})
 				continue
 			}
-			if err := s.begin(&Task{Name: name, Body: body, Files: f.Files, id: f.ID, srv: s}, timeout, more); err != nil {
+			if err := s.begin(&Task{Name: name, Body: body, Files: f.Files, id: f.ID, srv: s, in: f.Shared}, timeout, more); err != nil {
 				return err
 			}
 		case ipc.TypeCancel:
@@ -390,7 +418,7 @@ func (s *server) readAll() error {
 				return err
 			}
 			s.topics.Forward(ipc.Message{Topic: topic, Body: append([]byte(nil), body...), Dropped: uint64(f.ID)})
-		case ipc.TypePong:
+		case ipc.TypePong, ipc.TypeSegment, ipc.TypeForget, ipc.TypeRelease:
 		case ipc.TypeStop:
 			if !s.stopping {
 				s.stopping = true
@@ -464,6 +492,8 @@ func (s *server) run(ctx context.Context, cancel context.CancelFunc, t *Task) {
 			err = &Error{Code: ipc.CodePanic, Message: fmt.Sprint(r)}
 		}
 		s.answer(ctx, t, body, err)
+		t.in.Release()
+		t.out.End()
 		closeAll(t.Files)
 		closeAll(t.reply)
 		cancel()
@@ -489,7 +519,8 @@ func (s *server) answer(ctx context.Context, t *Task, body []byte, err error) {
 	s.turn.took(a.Took)
 	if err == nil {
 		with := a
-		with.Files = t.reply
+		with.Files, with.Lease = t.reply, t.out
+		t.out = nil
 		if err = s.ch.SendResult(t.id, body, with); err == nil {
 			return
 		}

@@ -14,6 +14,7 @@ import array
 import collections
 import fcntl
 import json
+import mmap
 import os
 import platform
 import queue
@@ -28,12 +29,17 @@ __all__ = ["serve", "Task", "TaskError"]
 
 VERSION = 1
 MAX_FRAME = 64 << 20
-HELLO, TASK, RESULT, ERROR, PROGRESS, CHUNK, CANCEL, PING, PONG, STOP, HANDLES, SUBSCRIBE, UNSUBSCRIBE, PUBLISH = range(1, 15)
+HELLO, TASK, RESULT, ERROR, PROGRESS, CHUNK, CANCEL, PING, PONG, STOP, HANDLES, SUBSCRIBE, UNSUBSCRIBE, PUBLISH, SEGMENT, SHARED, RELEASE, FORGET = range(1, 19)
 MAX_FILES = 16
 _HEADER = struct.Struct("<III")  # length, type and time, id
 _KINDS = {socket.SOCK_STREAM: 2, socket.SOCK_DGRAM: 3, socket.SOCK_SEQPACKET: 4}
 _ROOM = socket.CMSG_LEN(4 * MAX_FILES)
 _TASK = struct.Struct("<IH")
+_SHARED = struct.Struct("<IQQ")
+SHARE_FROM = 64 << 10
+MAX_SHARED = 512 << 20  # of what this side makes
+_SHARED_IDLE = 10  # seconds
+_ADD_SEALS, _SEALS = 1033, 1 | 2 | 4  # F_ADD_SEALS; SEAL, SHRINK, GROW
 
 
 class TaskError(Exception):
@@ -47,20 +53,29 @@ class TaskError(Exception):
 class Task:
     """What there is to do.
 
-    name, body (bytes), timeout (seconds, or None), cancelled, an Event that is
-    set when the answer is not wanted any more, and files: sockets as
-    socket.socket, others as unbuffered binary files. They are closed when the
-    handler has returned; one that keeps a file takes it out of the list.
+    name, body (bytes), view (the same as a memoryview: a large body is in memory
+    that the pool uses again when the handler has returned, and view spares the
+    copy), timeout (seconds, or None), cancelled, an Event that is set when the
+    answer is not wanted any more, and files: sockets as socket.socket, others as
+    unbuffered binary files. They are closed when the handler has returned; one
+    that keeps a file takes it out of the list.
     """
 
-    __slots__ = ("name", "body", "timeout", "cancelled", "files", "_id", "_channel", "_reply")
+    __slots__ = ("name", "view", "timeout", "cancelled", "files", "_body", "_id", "_channel", "_reply", "_out")
 
     def __init__(self, channel, id, name, timeout, body, fds=()):
-        self._channel, self._id, self._reply = channel, id, []
-        self.name, self.body = name, body
+        self._channel, self._id, self._reply, self._out = channel, id, [], None
+        self.name, self.view = name, memoryview(body)
+        self._body = body if isinstance(body, bytes) else None
         self.files = [_open(fd) for fd in fds]
         self.timeout = timeout / 1000 if timeout else None
         self.cancelled = threading.Event()
+
+    @property
+    def body(self):
+        if self._body is None:
+            self._body = bytes(self.view)
+        return self._body
 
     @property
     def data(self):
@@ -71,6 +86,19 @@ class Task:
         """Has files (sockets, open files or descriptors) sent with the result,
         at most 16. They are closed when it is sent or the handler has failed."""
         self._reply.extend(files)
+
+    def result_buffer(self, n):
+        """Returns a memoryview of n bytes, not cleared. A handler that returns it
+        has its result get to the pool without being copied, if it is large."""
+        if self._out is not None:
+            self._channel.shelf.put(self._out[0])
+            self._out = None
+        segment = self._channel.shelf.get(n) if self._channel.shares(n) else None
+        if segment is None:
+            return memoryview(bytearray(n))
+        view = memoryview(segment.memory)[:n]
+        self._out = segment, view
+        return view
 
     def publish(self, topic, value):
         """Gives a message to all who have subscribed to topic, and waits for
@@ -117,11 +145,109 @@ def _close(files):
 
 def _encode(value):
     """Bytes stay as they are, everything else becomes JSON."""
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return bytes(value)
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, (bytearray, memoryview)):
+        view = memoryview(value)
+        return view.cast("B") if view.c_contiguous and view.nbytes >= SHARE_FROM else bytes(view)
     if value is None:
         return b""
     return json.dumps(value, separators=(",", ":")).encode()
+
+
+class _Segment:
+    __slots__ = ("id", "memory", "used")
+
+    def __init__(self, id, memory):
+        self.id, self.memory, self.used = id, memory, 0
+
+    def close(self):
+        try:
+            self.memory.close()
+        except BufferError:
+            pass  # a handler has kept a view: with the last one it is gone
+
+
+class _Shelf:
+    """The shared memory that this side has made: free, or sent and not yet
+    released."""
+
+    def __init__(self, channel):
+        self.channel = channel
+        self.lock = threading.Lock()
+        self.free, self.sent = [], {}
+        self.bytes = self.last = 0
+        self.timer = None
+
+    def get(self, n):
+        """Returns memory for n bytes; None where there is none to be had."""
+        with self.lock:
+            fit = min((s for s in self.free if len(s.memory) >= n), key=lambda s: len(s.memory), default=None)
+            if fit is not None:
+                self.free.remove(fit)
+                return fit
+            step = max(65536, 1 << max(n.bit_length() - 3, 0))
+            size = -(-n // step) * step
+            if self.bytes + size > MAX_SHARED:
+                self._trim(0)
+            if n <= 0 or self.bytes + size > MAX_SHARED or len(self.free) + len(self.sent) >= 128:
+                return None
+            fd = os.memfd_create("remuda-shared", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            try:
+                os.ftruncate(fd, size)
+                fcntl.fcntl(fd, _ADD_SEALS, _SEALS)
+                self.last += 1
+                segment = _Segment(self.last, mmap.mmap(fd, size))
+                self.channel.send(SEGMENT, segment.id, struct.pack("<Q", size), fds=[fd])
+            finally:
+                os.close(fd)
+            self.bytes += size
+            return segment
+
+    def put(self, segment):
+        with self.lock:
+            self._put(segment)
+
+    def _put(self, segment):
+        segment.used = time.monotonic()
+        self.free.append(segment)
+        if self.timer is None:
+            self._arm()
+
+    def _arm(self):
+        self.timer = threading.Timer(_SHARED_IDLE, self._tidy)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def _tidy(self):
+        """Gives back what was not used for some time."""
+        with self.lock:
+            self.timer = None
+            try:
+                self._trim(_SHARED_IDLE / 2)
+            except OSError:
+                return  # the parent is gone
+            if self.free:
+                self._arm()
+
+    def _trim(self, idle):
+        before = time.monotonic() - idle
+        for s in [s for s in self.free if s.used <= before]:
+            self.free.remove(s)
+            self.bytes -= len(s.memory)
+            self.channel.send(FORGET, s.id)
+            s.close()
+
+    def sending(self, segment):
+        with self.lock:
+            self.sent[segment.id] = segment
+
+    def released(self, id):
+        with self.lock:
+            segment = self.sent.pop(id, None)
+            if segment is None:
+                raise ValueError("segment %d is not in use" % id)
+            self._put(segment)
 
 
 class _Channel:
@@ -130,20 +256,49 @@ class _Channel:
         self.buf, self.at = b"", 0
         self.fds = []
         self.lock = threading.Lock()
-        self.peer_max, self.peer_files = MAX_FRAME, False
+        self.peer_max, self.peer_files, self.peer_shares = MAX_FRAME, False, 0
+        self.shelf = _Shelf(self)
 
     def check(self, payload):
         if len(payload) > self.peer_max:
             raise TaskError("%d bytes are more than the %d that the parent takes" % (len(payload), self.peer_max), "too_large")
 
-    def send(self, type, id, payload=b"", took=0, files=()):
-        """took is in seconds."""
+    def shares(self, n):
+        return self.peer_shares > 0 and n >= self.peer_shares and hasattr(os, "memfd_create")
+
+    def result(self, id, payload, took, files, out):
+        """Sends a result, in shared memory if it is large. out is the memory that
+        it lies in, and the view of it; or None."""
+        segment = None
+        if out is not None:
+            if out[1] is payload:
+                segment = out[0]
+            else:
+                self.shelf.put(out[0])
+        n = len(payload)
+        self.check(payload)
+        if segment is None and self.shares(n):
+            segment = self.shelf.get(n)
+            if segment is not None:
+                segment.memory[:n] = payload
+        if segment is None:
+            return self.send(RESULT, id, payload, took, files)
+        self.shelf.sending(segment)
+        try:
+            self.send(RESULT, id, b"", took, files, _HEADER.pack(_SHARED.size, SHARED, id) + _SHARED.pack(segment.id, 0, n))
+        except TaskError:
+            self.shelf.released(segment.id)
+            raise
+
+    def send(self, type, id, payload=b"", took=0, files=(), before=b"", fds=()):
+        """took is in seconds. before is a frame that precedes this one; fds go
+        with the first byte, unannounced."""
         self.check(payload)
         if took:
             type |= min(max(int(took * 1e6), 1), 0xFFFFFF) << 8
-        head = _HEADER.pack(len(payload), type, id)
-        fds = [f if isinstance(f, int) else f.fileno() for f in files]
-        if fds:
+        head = before + _HEADER.pack(len(payload), type, id)
+        if files:
+            fds = [f if isinstance(f, int) else f.fileno() for f in files]
             if len(fds) > MAX_FILES or not self.peer_files:
                 raise TaskError("%d files with a result, where the parent takes %d" % (len(fds), MAX_FILES if self.peer_files else 0), "files")
             head = _HEADER.pack(len(fds), HANDLES, id) + bytes(map(_kind, fds)) + head
@@ -153,7 +308,7 @@ class _Channel:
                 sent = self.sock.sendmsg([head], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
                 head = head[sent:]
             if len(payload) < 65536:
-                self.sock.sendall(head + payload)
+                self.sock.sendall(head + bytes(payload))
             else:
                 self.sock.sendall(head)
                 self.sock.sendall(payload)
@@ -248,6 +403,7 @@ class _Worker:
         self.channel, self.handlers, self.ear = channel, handlers, ear
         self.todo = queue.SimpleQueue()
         self.tasks, self.lock = {}, threading.Lock()
+        self.segments = {}  # the pool's
         self.error = None
         self.concurrency = 1
         self.greeted = threading.Event()
@@ -272,6 +428,7 @@ class _Worker:
 
     stopped = False
     coming = ()  # descriptors for the next frame
+    shared = None  # its body
 
     def _turn(self):
         frame = self.channel.receive()
@@ -285,8 +442,9 @@ class _Worker:
             if _TASK.size + n > len(payload):
                 raise ValueError("short task")
             name = payload[_TASK.size:_TASK.size + n].decode()
-            task = Task(self.channel, id, name, timeout, payload[_TASK.size + n:], self.coming)
-            self.coming = ()
+            body = payload[_TASK.size + n:] if self.shared is None else self.shared
+            task = Task(self.channel, id, name, timeout, body, self.coming)
+            self.coming, self.shared = (), None
             with self.lock:
                 self.tasks[id] = task
             self.todo.put(task)
@@ -305,8 +463,22 @@ class _Worker:
                 raise ValueError("the parent speaks version %r of the protocol, this SDK version %d" % (hello.get("remuda"), VERSION))
             self.channel.peer_max = hello.get("max_frame") or MAX_FRAME
             self.channel.peer_files = bool(hello.get("files"))
+            self.channel.peer_shares = hello.get("shm") or 0
             self.concurrency = max(1, hello.get("concurrency") or 1)
             self.greeted.set()
+        elif type == SHARED:
+            segment, at, n = _SHARED.unpack(payload)
+            self.shared = memoryview(self.segments[segment].memory)[at:at + n]
+        elif type == SEGMENT:
+            (fd,) = self.channel.take(1)
+            try:
+                self.segments[id] = _Segment(id, mmap.mmap(fd, *struct.unpack("<Q", payload)))
+            finally:
+                os.close(fd)
+        elif type == FORGET:
+            self.segments.pop(id).close()
+        elif type == RELEASE:
+            self.channel.shelf.released(id)
         elif type == PUBLISH:
             self.ear.hear(payload)
         elif type == STOP:
@@ -328,6 +500,10 @@ class _Worker:
             finally:
                 with self.lock:
                     self.tasks.pop(task._id, None)
+                try:
+                    task.view.release()
+                except BufferError:
+                    pass  # the handler has kept a part
                 _close(task.files)
                 _close(task._reply)
 
@@ -337,14 +513,19 @@ class _Worker:
             h = self.handlers.get(task.name) or self.handlers.get("")
             if h is None:
                 raise TaskError("this worker has no handler for the task %r" % task.name, "unknown_task")
-            b = _encode(h(task))
-            self.channel.send(RESULT, task._id, b, time.monotonic() - began, task._reply)
+            value = h(task)
+            b = value if task._out is not None and task._out[1] is value else _encode(value)
+            out, task._out = task._out, None
+            self.channel.result(task._id, b, time.monotonic() - began, task._reply, out)
         except TaskError as e:
             self._fail(task, e, began)
         except Exception as e:
             self._fail(task, TaskError(str(e) or repr(e), type(e).__name__), began)
 
     def _fail(self, task, e, began):
+        if task._out is not None:
+            self.channel.shelf.put(task._out[0])
+            task._out = None
         try:
             b = _encode({k: v for k, v in (("message", e.message), ("code", e.code), ("data", e.data)) if v})
         except (TypeError, ValueError):
@@ -374,7 +555,7 @@ def serve(handlers, subscribe=None):
         handlers = {"": handlers}
     os.set_inheritable(int(fd), False)
     channel = _Channel(socket.socket(fileno=int(fd)))
-    hello = {"remuda": VERSION, "max_frame": MAX_FRAME, "pid": os.getpid(), "files": True, "sdk": "python " + platform.python_version()}
+    hello = {"remuda": VERSION, "max_frame": MAX_FRAME, "pid": os.getpid(), "files": True, "shm": SHARE_FROM, "sdk": "python " + platform.python_version()}
     channel.send(HELLO, 0, _encode(hello))
     ear = _Ear(dict(subscribe or {}))
     for topic in ear.subscribers:
