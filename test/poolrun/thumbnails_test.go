@@ -1,7 +1,9 @@
-// Package thumbnails runs examples/thumbnails as a user does: with a progress
-// bar on a terminal, by workers in Node and in Python and by a program for each
-// picture, killed half-way and resumed.
-package thumbnails
+// Package poolrun drives `remuda pool run` as a user does, with the real program.
+//
+// It runs examples/thumbnails with a progress bar on a terminal, by workers in
+// Node and in Python and by a program for each picture, killed half-way and
+// resumed.
+package poolrun
 
 import (
 	"bytes"
