@@ -169,7 +169,7 @@ func TestStop(t *testing.T) {
 	for _, how := range []string{"in time", "too late", "killed"} {
 		t.Run(how, func(t *testing.T) {
 			r, w := io.Pipe()
-			defer w.Close()
+			defer func() { _ = w.Close() }()
 			go func() { _, _ = io.WriteString(w, "1\n2\n3\n4\n") }() // and no end
 			var out sink
 			o := shell(t, `echo $0 >> begun; until [ -e go ]; do sleep 0.005; done; echo $0`, r, &out)
@@ -223,7 +223,7 @@ func TestStop(t *testing.T) {
 // Results that cannot be written end the run, however many tasks there are.
 func TestOutputFails(t *testing.T) {
 	r, w := io.Pipe()
-	defer w.Close()
+	defer func() { _ = w.Close() }()
 	go func() {
 		for {
 			if _, err := io.WriteString(w, "1\n"); err != nil {
@@ -236,7 +236,7 @@ func TestOutputFails(t *testing.T) {
 	if !errors.Is(err, ErrOutput) || !errors.Is(err, syscall.EPIPE) {
 		t.Errorf("%+v, %v", sum, err)
 	}
-	r.Close()
+	_ = r.Close()
 }
 
 // Workers that cannot be had are no failure of any task.
