@@ -324,6 +324,49 @@ require('SDK').serve({
 	}
 }
 
+// A Node program without an SDK gets a handle with its task and gives one back.
+func TestNodeProgramFiles(t *testing.T) {
+	p := newPool(t, Options{Size: 1, Protocol: Node, Command: []string{"node", write(t, "w.js", `
+process.on('message', (m, h) => m === 'drop' ? process.send(h.destroy() && 'dropped') : process.send({ got: h.constructor.name }, h))`)}})
+	ctx := limit(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	lf, err := l.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lf.Close()
+	r, err := p.Do(ctx, Task{Body: []byte("1"), Files: []*os.File{lf}})
+	if err != nil || string(r.Body) != `{"got":"Server"}` || len(r.Files) != 1 || r.Files[0].Name() != "net.Server" {
+		t.Fatalf("%s with %v, %v", r.Body, r.Files, err)
+	}
+	back, err := net.FileListener(r.Files[0])
+	r.Files[0].Close()
+	if err != nil || back.Addr().String() != l.Addr().String() {
+		t.Fatal(back, err)
+	}
+	back.Close()
+	if _, err := p.Do(ctx, Task{Body: []byte("1"), Files: []*os.File{lf, lf}}); !errors.Is(err, ipc.ErrTooLarge) {
+		t.Errorf("two handles: %v", err)
+	}
+	client, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	f, err := client.(*net.TCPConn).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if r, err := p.Do(ctx, Task{Body: []byte(`"drop"`), Files: []*os.File{f}}); err != nil || string(r.Body) != `"dropped"` || len(r.Files) != 0 {
+		t.Errorf("%s with %v, %v", r.Body, r.Files, err)
+	}
+}
+
 // countFDs counts what this process has open, but for the poller.
 func countFDs(t *testing.T) int {
 	t.Helper()
