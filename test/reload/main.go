@@ -35,6 +35,7 @@ type options struct {
 	bin         string // "": it is built
 	reloads     int
 	kept, fresh int
+	think       time.Duration
 	servers     []string // nil: all
 	out         io.Writer
 }
@@ -45,6 +46,7 @@ func main() {
 	flag.IntVar(&o.reloads, "reloads", 10, "reloads of each server")
 	flag.IntVar(&o.kept, "kept", 50, "clients that keep their connection")
 	flag.IntVar(&o.fresh, "fresh", 50, "clients that open a connection for each request")
+	flag.DurationVar(&o.think, "think", 0, "what a client waits between two requests")
 	servers := flag.String("servers", "", "only these, divided by commas: "+strings.Join(names(), ", "))
 	flag.Parse()
 	if *servers != "" {
@@ -131,7 +133,7 @@ func reload(ctx context.Context, h *harness.Home, s server, o options) (f load.F
 	}
 	c := h.Client()
 	defer c.Close()
-	l := load.Start(load.Options{Addr: "127.0.0.1:" + port, Kept: o.kept, Fresh: o.fresh, Timeout: patience})
+	l := load.Start(load.Options{Addr: "127.0.0.1:" + port, Kept: o.kept, Fresh: o.fresh, Think: o.think, Timeout: patience})
 	defer l.Stop()
 	if err := serve(ctx, c, s.name, l); err != nil {
 		return f, 0, err
