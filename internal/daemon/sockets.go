@@ -205,6 +205,9 @@ func (a *activation) adjust(s config.Socket, is *activeSocket) {
 	if network != "udp" {
 		err = sockets.Listen(is.fd, s.Backlog)
 	}
+	if err == nil {
+		err = is.place.Chown(is.owner)
+	}
 	if mode := modeOf(s); err == nil && mode != 0 {
 		err = is.place.Chmod(mode, is.owner)
 	}

@@ -262,6 +262,30 @@ func (p Place) Chmod(mode fs.FileMode, o *Owner) error {
 	return o.Do(func() error { return unix.Chmod(p.path, uint32(mode.Perm())) })
 }
 
+// Chown gives the file to another owner where it is still the socket's and has
+// not that owner yet. A group alone is no reason: a folder may prescribe it.
+func (p Place) Chown(o *Owner) error {
+	if p.path == "" {
+		return nil
+	}
+	fd, err := unix.Open(p.path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = unix.Close(fd) }()
+	if o == nil {
+		o = &Owner{UID: unix.Geteuid(), GID: unix.Getegid()}
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	if st.Dev != p.dev || st.Ino != p.ino || int(st.Uid) == o.UID {
+		return nil
+	}
+	return unix.Fchownat(fd, "", o.UID, o.GID, unix.AT_EMPTY_PATH)
+}
+
 func zoneID(zone string) (uint32, error) {
 	if n, err := strconv.ParseUint(zone, 10, 32); err == nil {
 		return uint32(n), nil

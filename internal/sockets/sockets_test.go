@@ -161,4 +161,16 @@ func TestOwner(t *testing.T) {
 	if err := unix.Stat(path, &st); err != nil || st.Uid != 65534 || st.Mode&0o777 != 0o600 {
 		t.Errorf("%+v %v", st, err)
 	}
+	for _, o := range []*Owner{nil, nobody, {UID: 65533, GID: 65533}} {
+		if err := PlaceOf(fd).Chown(o); err != nil {
+			t.Error(err)
+		}
+		want := uint32(0)
+		if o != nil {
+			want = uint32(o.UID)
+		}
+		if err := unix.Stat(path, &st); err != nil || st.Uid != want || st.Gid != want {
+			t.Errorf("%+v %v, want owner %d", st, err, want)
+		}
+	}
 }
