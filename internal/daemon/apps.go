@@ -1118,7 +1118,9 @@ func (d *Daemon) upLocked(ctx context.Context, req client.UpRequest) ([]client.C
 		if err != nil {
 			return changes, w, err
 		}
-		r.count = n
+		if n != len(d.instancesOf(c.a)) {
+			r.count = n
+		}
 		w.rolls = append(w.rolls, r)
 	}
 	return changes, w, nil
@@ -1137,7 +1139,7 @@ func (d *Daemon) rollUp(ctx context.Context, w *work) (out []client.Outcome) {
 		d.mu.Lock()
 		there := d.apps[r.from.spec.Name] == r.a
 		d.mu.Unlock()
-		if there {
+		if there && r.count > 0 {
 			added, surplus, err := d.scale(r.a, r.count, r.to.spec.Autostart)
 			if err != nil {
 				d.log.Warn("scale", "app", r.from.spec.Name, "error", err)

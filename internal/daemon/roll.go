@@ -81,8 +81,17 @@ type roll struct {
 	count  int    // how many instances there are to be when it went well, 0: as many as there are
 
 	mu     sync.Mutex
+	tried  map[*instance]bool
 	begin  map[*instance]time.Time // of those that got a new run
 	failed map[*instance]failure
+	cut    bool // supervision has ended: the next controller goes on
+}
+
+func newRoll(d *Daemon, a *app, cause string) *roll {
+	return &roll{
+		d: d, a: a, cause: cause, from: candidate{a.spec, a.gen},
+		tried: map[*instance]bool{}, begin: map[*instance]time.Time{}, failed: map[*instance]failure{},
+	}
 }
 
 // failure is what went wrong with one instance.
@@ -99,7 +108,7 @@ func (d *Daemon) beginRoll(a *app, spec *config.App, cause string) (*roll, error
 		return nil, err
 	}
 	d.mu.Lock()
-	r := &roll{d: d, a: a, cause: cause, from: candidate{a.spec, a.gen}, begin: map[*instance]time.Time{}, failed: map[*instance]failure{}}
+	r := newRoll(d, a, cause)
 	r.to = r.from
 	if spec != nil {
 		a.lastGen++
@@ -141,7 +150,8 @@ func (d *Daemon) resumeRolls() {
 			continue
 		}
 		a.rolling = true
-		r := &roll{d: d, a: a, cause: "up", from: candidate{a.spec, a.gen}, to: *a.next, anew: true, begin: map[*instance]time.Time{}, failed: map[*instance]failure{}}
+		r := newRoll(d, a, "up")
+		r.to, r.anew = *a.next, true
 		r.most = max(1, surge(r.to.spec, len(a.instances)))
 		go r.run(nil)
 	}
@@ -158,9 +168,15 @@ func (r *roll) run(list []*instance) []client.Outcome {
 	all := slices.Clone(list)
 	r.over(ctx, list, r.to)
 	// What was added meanwhile has the spec before.
-	for more := r.others(); len(r.failures()) == 0 && len(more) > 0; more = r.others() {
+	for more := r.others(); r.well() && len(more) > 0; more = r.others() {
 		all = append(all, more...)
 		r.over(ctx, more, r.to)
+	}
+	r.mu.Lock()
+	cut := r.cut
+	r.mu.Unlock()
+	if cut {
+		return r.outcomes(all, nil, false)
 	}
 	r.settle(ctx)
 	failed := r.failures()
@@ -172,9 +188,21 @@ func (r *roll) run(list []*instance) []client.Outcome {
 	return r.outcomes(all, failed, back)
 }
 
-// others are the instances of the app that do not have the spec.
+// others are the instances of the app that do not have the spec, and have not
+// been asked to.
 func (r *roll) others() []*instance {
-	return slices.DeleteFunc(r.d.instancesOf(r.a), func(i *instance) bool { return i.has(r.to) })
+	return slices.DeleteFunc(r.d.instancesOf(r.a), func(i *instance) bool {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return r.tried[i] || i.has(r.to)
+	})
+}
+
+// well says that nothing stands against going on.
+func (r *roll) well() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.failed) == 0 && !r.cut
 }
 
 func (i *instance) has(c candidate) bool {
@@ -195,10 +223,13 @@ func (r *roll) over(ctx context.Context, list []*instance, to candidate) {
 	room := make(chan struct{}, r.most)
 	for _, i := range list {
 		room <- struct{}{}
-		if to.gen == r.to.gen && len(r.failures()) > 0 {
+		if to.gen == r.to.gen && !r.well() {
 			<-room
 			break
 		}
+		r.mu.Lock()
+		r.tried[i] = true
+		r.mu.Unlock()
 		wg.Add(1)
 		go func() {
 			defer wg.Done()
@@ -256,7 +287,12 @@ func (r *roll) exchange(ctx context.Context, i *instance, to candidate) {
 			}
 			r.began(i, begin)
 			return
-		case errors.Is(err, supervise.ErrClosed), errors.Is(err, supervise.ErrUnknown), errors.Is(err, supervise.ErrRemoved):
+		case errors.Is(err, supervise.ErrUnknown), errors.Is(err, supervise.ErrRemoved):
+			return // it is being deleted
+		case errors.Is(err, supervise.ErrClosed):
+			r.mu.Lock()
+			r.cut = true
+			r.mu.Unlock()
 			return
 		}
 		f := failure{text: err.Error(), lastErr: lastErr}
@@ -406,9 +442,12 @@ func (r *roll) outcomes(list []*instance, failed map[*instance]failure, back boo
 		o := d.outcomes([]*instance{i})[0]
 		r.mu.Lock()
 		_, began := r.begin[i]
+		cut := r.cut
 		r.mu.Unlock()
 		f, bad := failed[i]
 		switch {
+		case cut && !began:
+			o.Error = "not reloaded, because the daemon ends"
 		case bad && f.late && back:
 			o.Error, o.LastErr = f.text+"; rolled back to the version before", f.lastErr
 		case bad && f.late:

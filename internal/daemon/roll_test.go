@@ -282,6 +282,69 @@ func TestReloadSurvivesCrashes(t *testing.T) {
 	}
 }
 
+// What others want of an app that is being reloaded is done, and the reload
+// comes to its end.
+func TestReloadAmidstOthers(t *testing.T) {
+	b := newBox(t)
+	spec := b.app("web", `sleep 0.3; echo up; trap 'exit 0' TERM; while :; do sleep 0.01; done`)
+	spec.Ready = config.Probe{Type: "log", Pattern: "up", Timeout: config.Duration(20 * time.Second), OnTimeout: "fail"}
+	spec.Instances, spec.MaxSurge, spec.Restart.MinUptime = 3, "2", 0
+	spec.Env = map[string]string{"V": "0"}
+	b.well(b.c.Up(b.ctx, ofFile(nil, spec)))
+	for n, tc := range []struct {
+		do   func() error
+		runs int
+	}{
+		{func() error { _, err := b.act(client.VerbRestart, "web"); return err }, 3},
+		{func() error { _, err := b.act(client.VerbStop, "web:1"); return err }, 2},
+		{func() error { _, err := b.c.Scale(b.ctx, client.ScaleRequest{App: "web", To: "4"}); return err }, 4},
+		{func() error { _, err := b.c.Scale(b.ctx, client.ScaleRequest{App: "web", To: "2"}); return err }, 3}, // as the file says
+		{func() error { // one of its own
+			if _, err := b.act(client.VerbReload, "web"); err == nil || !strings.Contains(err.Error(), "is being reloaded") {
+				return fmt.Errorf("a second reload: %w", err)
+			}
+			return nil
+		}, 3},
+		{func() error { _, err := b.act(client.VerbStop, "web"); return err }, 0},
+		{func() error { _, err := b.act(client.VerbDelete, "web"); return err }, 0},
+	} {
+		spec.Env = map[string]string{"V": strconv.Itoa(n + 1)}
+		was := len(b.processes("web"))
+		done := make(chan error, 1)
+		go func() { _, err := b.c.Up(b.ctx, ofFile(nil, spec)); done <- err }()
+		b.until("two of an instance run", func() bool {
+			for _, p := range b.processes("web") {
+				if len(p) > 1 {
+					return true
+				}
+			}
+			return was == 0
+		})
+		if err := tc.do(); err != nil {
+			t.Errorf("%d: %v", n, err)
+		}
+		if err := <-done; err != nil {
+			t.Errorf("%d: up: %v", n, err)
+		}
+		b.until(fmt.Sprintf("%d run at the end of %d", tc.runs, n), func() bool {
+			all := 0
+			for _, p := range b.processes("web") {
+				all += len(p)
+			}
+			return all == tc.runs && !strings.Contains(b.read("state.json"), `"next":`)
+		})
+		details, err := b.c.Describe(b.ctx, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range details {
+			if v := strconv.Itoa(n + 1); d.Spec.Env["V"] != v || d.PID != 0 && d.Env["V"] != v {
+				t.Errorf("%d: %s:%d has version %s, runs %s", n, d.App, d.Index, d.Spec.Env["V"], d.Env["V"])
+			}
+		}
+	}
+}
+
 // Two runs of one instance write into its log side by side.
 func TestReloadKeepsAllOutput(t *testing.T) {
 	b := newBox(t)

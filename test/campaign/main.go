@@ -3,7 +3,7 @@
 //
 // Every round the controller is killed with SIGKILL at a random moment: while
 // nothing happens, while it is starting from the kill before, or while a
-// start, stop, restart or delete is being carried out. Then it is upgraded
+// start, stop, restart, reload or delete is being carried out. Then it is upgraded
 // under load, then the keeper is killed, then both at once. All the while a
 // watchman looks at /proc for a program that runs twice. At the end processes
 // and logs are held against what they have to be.
@@ -337,10 +337,11 @@ func (c *campaign) isSteadyPID(pid int) bool {
 // controller is back: the same command again must then succeed and what runs
 // must be as it asked.
 func (c *campaign) commandInFlight(ctx context.Context) (after func() error) {
-	verb := []string{"restart", "stop", "start", "delete", "scale"}[c.rng.IntN(5)]
+	verb := []string{"restart", "reload", "stop", "start", "delete", "scale"}[c.rng.IntN(6)]
 	c.kinds["  "+verb]++
 	args := map[string][]string{
 		"restart": {"restart", "busy"},
+		"reload":  {"reload", "busy"},
 		"stop":    {"stop", "busy"},
 		"start":   {"start", filepath.Join(c.home.Dir, "busy.json")},
 		"delete":  {"delete", "busy"},
@@ -363,7 +364,7 @@ func (c *campaign) commandInFlight(ctx context.Context) (after func() error) {
 		if r := c.home.Run(short, args...); r.Code != 0 && (verb != "delete" || r.Code != 3) {
 			c.violate("remuda %s after the kill: %v", verb, r)
 		}
-		want := map[string]int{"restart": 1, "stop": 0, "start": 1, "delete": 0, "scale": 3}[verb]
+		want := map[string]int{"restart": 1, "reload": 1, "stop": 0, "start": 1, "delete": 0, "scale": 3}[verb]
 		if err := harness.Eventually(5*time.Second, func() error {
 			if n := len(c.leaders("busy")); n != want {
 				return fmt.Errorf("%d processes of busy in place of %d after %s, killed, %s", n, want, verb, verb)

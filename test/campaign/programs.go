@@ -169,10 +169,11 @@ func (c *campaign) apps() ([]client.AppSpec, error) {
 				return nil, err
 			}
 		}
+		surge := map[string]int{"sleep": 0, "busy": 1}[name] // a reload of busy is by a second run
 		file, err := json.Marshal(map[string]any{"apps": []any{map[string]any{
 			"name": name, "script": script, "args": map[string]any{"sleep": "1000000", "busy": ""}[name],
 			"interpreter": map[string]any{"sleep": "none", "busy": sh}[name],
-			"cwd":         c.home.Dir, "instances": instances, "kill_timeout": 3000,
+			"cwd":         c.home.Dir, "instances": instances, "kill_timeout": 3000, "max_surge": surge,
 			"env": map[string]string{"NAME": name, "CAMPAIGN": c.mark + ":" + name},
 		}}})
 		if err != nil {
