@@ -218,6 +218,8 @@ func readyWords(d *client.Detail) string {
 	r := d.Spec.Ready
 	what := r.Address + r.URL + r.Pattern + commandLine(r.Command)
 	switch {
+	case (r.Type == "" || r.Type == "none") && d.Spec.ExecMode == "cluster":
+		return "when it listens"
 	case r.Type == "" || r.Type == "none":
 		return "when it has started"
 	case what == "":

@@ -116,6 +116,19 @@ func TestSizeRoundTrip(t *testing.T) {
 	}
 }
 
+func TestResolveSurge(t *testing.T) {
+	for in, want := range map[string]int{"0": 0, "1": 1, "3": 3, "0%": 0, "1%": 1, "25%": 1, "26%": 2, "100%": 4} {
+		if got, err := ResolveSurge(in, 4); err != nil || got != want {
+			t.Errorf("%q of 4: %d, %v, want %d", in, got, err, want)
+		}
+	}
+	for _, in := range []string{"", "%", "-1", "+1", "1.5", "101%", "half", "1 %", "99999999999999999999"} {
+		if n, err := ResolveSurge(in, 4); err == nil {
+			t.Errorf("%q of 4: %d", in, n)
+		}
+	}
+}
+
 func TestResolveInstances(t *testing.T) {
 	n := runtime.NumCPU()
 	for in, want := range map[string]int{"4": 4, "max": n, "MAX": n, "0": n, "-1": max(1, n-1), "-100000": 1, "3.0": 3} {

@@ -419,7 +419,9 @@ func (d *Daemon) childSpec(i *instance) supervise.Spec {
 	s := i.child()
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	s.DependsOn = d.dependencies(d.apps[i.app].spec)
+	if a := d.apps[i.app]; a != nil { // else it was just deleted
+		s.DependsOn = d.dependencies(a.spec)
+	}
 	return s
 }
 

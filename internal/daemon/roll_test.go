@@ -306,6 +306,7 @@ func TestReloadAmidstOthers(t *testing.T) {
 			return nil
 		}, 3},
 		{func() error { _, err := b.act(client.VerbStop, "web"); return err }, 0},
+		{func() error { return nil }, 3}, // starts what is stopped
 		{func() error { _, err := b.act(client.VerbDelete, "web"); return err }, 0},
 	} {
 		spec.Env = map[string]string{"V": strconv.Itoa(n + 1)}
@@ -318,7 +319,7 @@ func TestReloadAmidstOthers(t *testing.T) {
 					return true
 				}
 			}
-			return was == 0
+			return was == 0 && len(b.processes("web")) > 0
 		})
 		if err := tc.do(); err != nil {
 			t.Errorf("%d: %v", n, err)

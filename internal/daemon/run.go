@@ -374,8 +374,12 @@ func (r *run) probe(ctx context.Context) {
 		}
 		return
 	}
-	if t := r.spec.Ready.Type; (t == "tcp" || t == "http") && r.worker != nil && r.worker.Siblings() {
-		// They would answer for it.
+	// By tcp and http its siblings, or the run it is beside, answer for it.
+	byOthers := r.spec.Ready.Type == "tcp" || r.spec.Ready.Type == "http"
+	if byOthers && r.trial && r.worker == nil {
+		r.atRest(ctx)
+	}
+	if byOthers && r.worker != nil && r.worker.Siblings() {
 		if err := r.listening(ctx, r.spec.Ready.Timeout.Std()); err != nil && ctx.Err() == nil {
 			r.late(err)
 			return
