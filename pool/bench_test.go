@@ -7,6 +7,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -60,6 +61,9 @@ func benchmarkDo(b *testing.B, workers, concurrency int) {
 	body := make([]byte, 16)
 	if _, err := p.Do(ctx, Task{Body: body}); err != nil {
 		b.Fatal(err)
+	}
+	for p.Stats().Up < workers {
+		time.Sleep(time.Millisecond)
 	}
 	if concurrency == 1 {
 		for b.Loop() {

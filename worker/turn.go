@@ -15,6 +15,8 @@ const (
 	// there are others, which are done one after the other then.
 	aloneBelow = 200 * time.Microsecond
 	amongBelow = 4 * time.Microsecond
+	// paceFor is how soon after the one before a task must come for that.
+	paceFor = tickFor / 4
 )
 
 // errTakenOver says that another goroutine reads.
@@ -30,6 +32,7 @@ type turn struct {
 	watching atomic.Bool
 	timer    *time.Timer
 	seen     uint64       // of the timer: now, when it looked last
+	last     time.Time    // of the one that reads: when a task came
 	mean     atomic.Int64 // of what handlers took of late, in nanoseconds; 0: not known
 }
 
@@ -48,10 +51,13 @@ func (t *turn) took(d time.Duration) {
 	t.mean.Store(max(m+(int64(d)-m)/8, 1)) // another's may be lost: it is an estimate
 }
 
-// quick reports whether the next handler is likely to be quick.
-func (t *turn) quick(alone bool) bool {
+// quick reports whether the handler that begins now is likely to be quick, and
+// one of many, for which looking pays.
+func (t *turn) quick(now time.Time, alone bool) bool {
+	since := now.Sub(t.last)
+	t.last = now
 	m := time.Duration(t.mean.Load())
-	return m > 0 && (m < amongBelow || alone && m < aloneBelow)
+	return m > 0 && since < paceFor && (m < amongBelow || alone && m < aloneBelow)
 }
 
 // run runs f in the goroutine that reads.

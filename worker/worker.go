@@ -454,7 +454,8 @@ func (s *server) begin(t *Task, timeout time.Duration, more bool) error {
 	s.mu.Unlock()
 	alone := s.count.Add(1) == 1 && !more
 	s.running.Add(1)
-	if !s.turn.quick(alone) {
+	now := time.Now()
+	if !s.turn.quick(now, alone) {
 		s.lone = 0
 		s.release()
 		go s.run(ctx, cancel, t)
@@ -464,6 +465,7 @@ func (s *server) begin(t *Task, timeout time.Duration, more bool) error {
 		s.held = true
 		s.ch.Hold()
 	}
+	t.began = now
 	if err := s.turn.run(func() { s.run(ctx, cancel, t) }); err != nil {
 		return err
 	}
@@ -499,7 +501,9 @@ func (s *server) run(ctx context.Context, cancel context.CancelFunc, t *Task) {
 		cancel()
 		s.running.Done()
 	}()
-	t.began = time.Now()
+	if t.began.IsZero() {
+		t.began = time.Now()
+	}
 	h, ok := s.handlers[t.Name]
 	if !ok {
 		h, ok = s.handlers[""]
