@@ -45,3 +45,21 @@ func TestExecArgs(t *testing.T) {
 		t.Errorf("standard error: %q, %v", b[:n], err)
 	}
 }
+
+// Tasks that differ in their arguments alone are not poison for each other.
+func TestExecArgsPoison(t *testing.T) {
+	p := newPool(t, Options{Command: []string{"/bin/sh"}, Protocol: Exec, Size: 1, PoisonAfter: 1})
+	do := func(script string) error {
+		_, err := p.Do(context.Background(), Task{Args: []string{"-c", script}})
+		return err
+	}
+	if err := do("kill -9 $$"); !errors.Is(err, ErrWorkerDied) {
+		t.Error(err)
+	}
+	if err := do("kill -9 $$"); !errors.Is(err, ErrPoison) {
+		t.Error(err)
+	}
+	if err := do("exit 0"); err != nil {
+		t.Error(err)
+	}
+}

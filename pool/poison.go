@@ -30,8 +30,8 @@ func (e *PoisonError) Is(target error) bool { return target == ErrPoison }
 // Unwrap returns how the last of the workers ended.
 func (e *PoisonError) Unwrap() error { return e.Last }
 
-// suspects remembers the tasks that workers have ended with, by a hash of name
-// and body under a key of this process, which nobody can aim at. It is guarded
+// suspects remembers the tasks that workers have ended with, by a hash of name,
+// body and arguments under a key of this process, which nobody can aim at. It is guarded
 // by Pool.mu, but for any. While there are none it costs nothing.
 type suspects struct {
 	seed        maphash.Seed
@@ -63,6 +63,10 @@ func (s *suspects) mark(c *call) uint64 {
 		_, _ = h.WriteString(c.task.Name) // never fails
 		_ = h.WriteByte(0)
 		_, _ = h.Write(c.task.Body)
+		for _, arg := range c.task.Args {
+			_ = h.WriteByte(0)
+			_, _ = h.WriteString(arg)
+		}
 		c.mark = max(h.Sum64(), 1)
 	}
 	return c.mark

@@ -185,6 +185,8 @@ func Run(ctx context.Context, o Options) (Summary, error) {
 	tag := proc.OwnedTag(tagPrefix)
 	spawner := &proc.Direct{Tag: tag, DieWithParent: true}
 	defer spawner.Close()
+	// How often a task is tried is for Retries to say, and lines may be equal.
+	r.Pool.PoisonAfter = -1
 	r.Pool.Spawner, r.Pool.Retries, r.Pool.Queue, r.Pool.Full = spawner, -1, 0, pool.Block
 	p, err := pool.New(r.Pool)
 	if err != nil {
