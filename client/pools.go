@@ -90,18 +90,19 @@ type PoolStats struct {
 
 // PoolRecent is what became of a pool's time lately. Shares are from 0 to 1.
 type PoolRecent struct {
-	Span        time.Duration `json:"span_ns"`
-	Utilization float64       `json:"utilization"`
-	Missing     float64       `json:"missing"`  // of the workers' time, in which they did not take tasks
-	Waiting     float64       `json:"waiting"`  // of the time, in which a task waited
-	Overhead    float64       `json:"overhead"` // of the tasks' time on workers, not in handlers
-	Handling    float64       `json:"handling"` // of the time of busy workers, in handlers
-	Died        uint64        `json:"died"`
-	Recycled    uint64        `json:"recycled"`
-	Wait        PoolTimes     `json:"wait"`
-	Run         PoolTimes     `json:"run"`
-	IPC         PoolTimes     `json:"ipc"`
-	Start       PoolTimes     `json:"start"`
+	Span         time.Duration `json:"span_ns"`
+	Utilization  float64       `json:"utilization"`
+	Missing      float64       `json:"missing"`        // of the workers' time, in which they did not take tasks
+	Waiting      float64       `json:"waiting"`        // of the time, in which a task waited
+	Overhead     float64       `json:"overhead"`       // of the tasks' time on workers, not in handlers
+	Handling     float64       `json:"handling"`       // of the time of busy workers, in handlers
+	BytesPerTask int64         `json:"bytes_per_task"` // of bodies, there and back
+	Died         uint64        `json:"died"`
+	Recycled     uint64        `json:"recycled"`
+	Wait         PoolTimes     `json:"wait"`
+	Run          PoolTimes     `json:"run"`
+	IPC          PoolTimes     `json:"ipc"`
+	Start        PoolTimes     `json:"start"`
 }
 
 // PoolTimes sums up durations.

@@ -72,6 +72,11 @@ func (r *recorder) Events(_ context.Context, after uint64, follow bool, t []clie
 // serve puts a recorder behind a real socket.
 func serve(t *testing.T, r *recorder) *client.Client {
 	t.Helper()
+	return serveHandler(t, Handler(r, "9"))
+}
+
+func serveHandler(t *testing.T, h http.Handler) *client.Client {
+	t.Helper()
 	home, err := os.MkdirTemp("", "api")
 	if err != nil {
 		t.Fatal(err)
@@ -81,7 +86,7 @@ func serve(t *testing.T, r *recorder) *client.Client {
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := &http.Server{Handler: Handler(r, "9"), ReadHeaderTimeout: time.Second}
+	srv := &http.Server{Handler: h, ReadHeaderTimeout: time.Second}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

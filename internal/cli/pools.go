@@ -108,7 +108,8 @@ half and 99 of 100 of them waited and ran, and what holds the pool up.`,
 		ValidArgsFunction: c.completePools,
 		RunE: c.run(needClient, func(ctx context.Context, args []string) error {
 			list, err := c.namedPools(ctx, args)
-			if nothingRuns(err) && len(args) == 0 {
+			none := nothingRuns(err) && len(args) == 0
+			if none {
 				c.sayNone(err)
 				list, err = nil, nil
 			}
@@ -117,6 +118,9 @@ half and 99 of 100 of them waited and ran, and what holds the pool up.`,
 			}
 			if c.json {
 				return c.writeJSON(notNil(list))
+			}
+			if none {
+				return nil
 			}
 			if len(list) == 0 {
 				c.say("there are no pools: pools: in remuda.yaml and `remuda up` make some")

@@ -22,6 +22,13 @@ import (
 // The test binary is also the daemon of the tests: keeper and controller, as
 // the real program is.
 func TestMain(m *testing.M) {
+	if os.Getenv(workerVar) != "" {
+		if err := workerMain(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	Stage(os.Args)
 	if len(os.Args) == 4 && os.Args[2] == "--home" {
 		if err := daemonMain(os.Args[1], os.Args[3]); err != nil {

@@ -33,6 +33,11 @@ const (
 	// upEvery is how often a pool whose workers were just started is looked at;
 	// only then.
 	upEvery = 10 * time.Millisecond
+	// upSteady is how long workers that give no sign when they are ready must
+	// not have ended to be believed to be well, and failedStarts how many ends
+	// without a task done are enough for the contrary.
+	upSteady     = 200 * time.Millisecond
+	failedStarts = 3
 	// leaveMost is how long a controller that makes way for another has for the
 	// tasks that its pools have.
 	leaveMost = 5 * time.Second
@@ -620,17 +625,32 @@ func (p *managedPool) up(ctx context.Context, l *poolLife) error {
 	defer late.Stop()
 	tick := time.NewTicker(upEvery)
 	defer tick.Stop()
+	// Without a greeting nobody knows whether a worker works but by its not
+	// ending.
+	var steady time.Duration
+	if l.spec.Protocol == string(pool.JSONLines) || l.spec.Protocol == string(pool.Node) {
+		steady = upSteady
+	}
+	first := l.pool.Stats()
+	died, since := first.Died, time.Now()
 	for {
-		if l.pool.Stats().Up > 0 {
+		s := l.pool.Stats()
+		if s.Died != died || s.Up == 0 {
+			died, since = s.Died, time.Now()
+		}
+		if s.Up > 0 && (time.Since(since) >= steady || s.Done > first.Done) {
 			return nil
 		}
 		if err := l.pool.Err(); err != nil {
-			return errors.New(strings.TrimPrefix(err.Error(), "pool: "))
+			return errors.New(strings.TrimPrefix(err.Error(), "pool: ") + l.said())
+		}
+		if s.Died >= first.Died+failedStarts && s.Done == first.Done {
+			return errors.New("workers end as soon as they are started" + l.said())
 		}
 		select {
 		case <-tick.C:
 		case <-late.C:
-			return errors.New("no worker is ready yet")
+			return errors.New("no worker is ready yet" + l.said())
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-l.ended:
@@ -641,6 +661,19 @@ func (p *managedPool) up(ctx context.Context, l *poolLife) error {
 			return errors.New("the keeper is gone")
 		}
 	}
+}
+
+// said is the last line that a worker wrote to stderr, if any.
+func (l *poolLife) said() string {
+	for _, c := range slices.Backward(l.captures) {
+		if c.Source().Stream != logs.Err {
+			continue
+		}
+		if tail := c.Tail(1); len(tail) > 0 && tail[0] != "" {
+			return "; the last it said was: " + tail[0]
+		}
+	}
+	return ""
 }
 
 // pids are those of all workers there are.
