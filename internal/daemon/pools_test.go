@@ -198,7 +198,10 @@ func TestPoolDoesTasks(t *testing.T) {
 		t.Errorf("%+v %v", specs, err)
 	}
 	var types []string
-	for e := range b.c.Events(b.ctx, 0, false, "p") {
+	for e, err := range b.c.Events(b.ctx, 0, false, "p") {
+		if err != nil {
+			t.Error(err)
+		}
 		types = append(types, e.Type)
 	}
 	if !slices.Contains(types, "pool.online") || !slices.Contains(types, "pool.worker-died") {
@@ -259,9 +262,7 @@ func TestPoolChanges(t *testing.T) {
 	if got := b.which("p"); got != "b" {
 		t.Errorf("done by %q", got)
 	}
-	if v := b.one("p"); v.Draining != 1 {
-		t.Errorf("%d tasks are draining", v.Draining)
-	}
+	b.until("only the task that is held drains", func() bool { return b.one("p").Draining == 1 })
 	res, err := b.c.ActPools(b.ctx, client.ActRequest{Verb: client.VerbRestart, Targets: []string{"p"}})
 	b.well(res, err)
 	close(stop)
