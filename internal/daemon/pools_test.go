@@ -41,6 +41,7 @@ func workerMain() error {
 			os.Exit(3)
 			return nil, nil
 		},
+		"hang": func(context.Context, *worker.Task) ([]byte, error) { select {} },
 		// until waits until a file is there.
 		"until": func(ctx context.Context, t *worker.Task) ([]byte, error) {
 			if err := os.WriteFile(string(t.Body)+".began", nil, 0o600); err != nil {
@@ -156,7 +157,7 @@ func TestPoolDoesTasks(t *testing.T) {
 	if r, err := b.c.Do(b.ctx, "p", client.PoolTask{Name: "echo", Body: big}); err != nil || !bytes.Equal(r.Body, big) {
 		t.Errorf("%d bytes came back: %v", len(r.Body), err)
 	}
-	if _, err := b.c.Do(b.ctx, "p", client.PoolTask{Name: "until", Body: []byte(b.home + "/never"), Timeout: 50 * time.Millisecond}); kind(err) != client.TaskTimedOut {
+	if _, err := b.c.Do(b.ctx, "p", client.PoolTask{Name: "hang", Timeout: 50 * time.Millisecond}); kind(err) != client.TaskTimedOut {
 		t.Error(err)
 	}
 	if _, err := b.do("pp", "", ""); !errors.Is(err, client.ErrNoTarget) || !strings.Contains(err.Error(), `did you mean "p"?`) {
