@@ -72,6 +72,8 @@ func Parse(oob []byte) []int {
 	}
 	var fds []int
 	for i := range msgs {
+		// The kernel passes whole numbers; the parser panics at others.
+		msgs[i].Data = msgs[i].Data[:len(msgs[i].Data)&^3]
 		if f, err := unix.ParseUnixRights(&msgs[i]); err == nil {
 			fds = append(fds, f...)
 		}

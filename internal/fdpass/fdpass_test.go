@@ -126,6 +126,7 @@ func TestTruncated(t *testing.T) {
 func FuzzParse(f *testing.F) {
 	f.Add(unix.UnixCredentials(&unix.Ucred{Pid: 1}))
 	f.Add([]byte{20, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0})
+	f.Add([]byte("\x15\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00\x01\x00\x00\x0000000")) // half a number
 	f.Fuzz(func(_ *testing.T, oob []byte) {
 		// Never rights: Drop would close what the process has open.
 		for _, fd := range Parse(oob) {
