@@ -20,12 +20,12 @@ import (
 
 // load asks for the app's answer again and again, by several clients, until
 // the returned function is called, which says how many answers there were.
-func (b *box) load(addr string) (stop func() int) {
+func (b *box) load(addr string, clients int) (stop func() int) {
 	ctx, cancel := context.WithCancel(b.Context())
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	n := 0
-	for range 3 {
+	for range clients {
 		wg.Add(1)
 		go func() {
 			defer wg.Done()
@@ -101,7 +101,7 @@ func TestReloadRollsBack(t *testing.T) {
 	b.until("it listens", func() bool { return open(addr) })
 	good := b.read("server.js")
 	before := b.list()
-	stop := b.load(addr)
+	stop := b.load(addr, 3)
 	for name, tc := range map[string]struct{ js, text, stderr string }{
 		"dies":          {"console.error('no config'); process.exit(3)", "exited with code 3", "no config"},
 		"never listens": {"console.error('waiting for Godot'); setInterval(() => {}, 1000)", "does not listen within 2s", "waiting for Godot"},
@@ -158,7 +158,7 @@ func TestUpRollsBack(t *testing.T) {
 		}
 		return d[0].Env["V"] + d[1].Env["V"]
 	}
-	stop := b.load(addr)
+	stop := b.load(addr, 3)
 	before := b.list()
 	spec.Env = map[string]string{"V": "2"}
 	res, err := b.c.Up(b.ctx, ofFile(nil, spec))
@@ -220,7 +220,7 @@ func TestReloadSurvivesCrashes(t *testing.T) {
 		}
 		none <- n
 	}()
-	stop := b.load(addr)
+	stop := b.load(addr, 1)
 	kept, replaced := 0, 0
 	longest := 50 * time.Millisecond
 	for round := range 20 {
