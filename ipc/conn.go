@@ -144,6 +144,7 @@ type frames struct {
 	pings   uint32
 	lead    lead
 	side    side
+	gather  gather
 
 	subs subscriber // of the one that reads
 }
@@ -167,6 +168,12 @@ func NewFrames(f *os.File, o Options) (Conn, error) {
 	}
 	c.lead.init(&c.mu, ch.sock)
 	c.subs.init(c, o)
+	c.gather.flush = func() {
+		c.mu.Lock()
+		c.gather.waited()
+		c.mu.Unlock()
+		c.ch.w.flush(false)
+	}
 	return c, nil
 }
 
@@ -225,7 +232,12 @@ func (c *frames) turn(ready func()) error {
 		return err
 	}
 	c.ch.Hold()
-	defer c.ch.Release()
+	defer func() {
+		c.mu.Lock()
+		c.gather.turned(len(c.pending), time.Now())
+		c.mu.Unlock()
+		c.ch.Release()
+	}()
 	for {
 		if err := c.handle(f, owned, ready); err != nil || !more {
 			return err
@@ -396,8 +408,12 @@ func (c *frames) Start(r *Request) error {
 	r.id, r.sent, r.lease = c.last, true, l
 	c.pending[r.id] = r
 	c.lead.started(r)
-	busy := len(c.pending) >= busyFrom
+	kept := c.gather.keep(len(c.pending)) && handles == nil
+	busy := c.gather.busy()
 	c.mu.Unlock()
+	if kept {
+		return nil
+	}
 	if handles != nil {
 		c.side.conn.w.flush(false)
 	}

@@ -75,7 +75,11 @@ func (p *Pool) Broadcast(ctx context.Context, t Task) ([]BroadcastResult, error)
 
 // newCall makes a call of a task, which it copies.
 func (p *Pool) newCall(t *Task, now time.Time) *call {
-	c := &call{p: p, task: *t, done: make(chan struct{}), timeout: t.Timeout, asked: now}
+	done, ok := p.dones.Get().(chan struct{})
+	if !ok {
+		done = make(chan struct{}, 1)
+	}
+	c := &call{p: p, task: *t, done: done, timeout: t.Timeout, asked: now}
 	if c.timeout == 0 {
 		c.timeout = p.o.Timeout
 	}

@@ -120,6 +120,7 @@ type Pool struct {
 	breaker *breaker // nil: none
 	cache   *cache   // nil: none
 
+	dones     sync.Pool // channels of calls that have ended
 	closeOnce sync.Once
 	closeErr  error
 }
@@ -189,7 +190,7 @@ type call struct {
 	p    *Pool
 	task Task
 	req  ipc.Request
-	done chan struct{}
+	done chan struct{} // has room for the one that finish sends
 
 	timeout    time.Duration
 	asked      time.Time
@@ -293,7 +294,10 @@ func (p *Pool) await(ctx context.Context, c *call) {
 	case <-c.done:
 	case <-ctx.Done():
 		p.giveUp(c, gaveUp(ctx.Err()), 0)
+		<-c.done // by giveUp, or just before
 	}
+	p.dones.Put(c.done)
+	c.done = nil // finish is called once
 }
 
 // wait puts c in a queue: w's own, or where that is nil that for any worker.
@@ -657,7 +661,7 @@ func (p *Pool) finish(c *call, err error) {
 	}
 	p.stats.count(err)
 	p.open--
-	close(c.done)
+	c.done <- struct{}{}
 	if p.refusing && p.open == 0 {
 		close(p.drained)
 	}

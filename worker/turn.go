@@ -42,12 +42,14 @@ func (t *turn) init(s *server) {
 	t.timer.Stop()
 }
 
-// took notes how long a handler took.
+// took notes how long a handler took. One that took much longer than those before
+// may only have lost its processor; look tells of those that are slow indeed.
 func (t *turn) took(d time.Duration) {
 	m := t.mean.Load()
 	if m == 0 {
 		m = int64(d)
 	}
+	d = min(d, time.Duration(4*m))
 	t.mean.Store(max(m+(int64(d)-m)/8, 1)) // another's may be lost: it is an estimate
 }
 

