@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/remuda-dev/remuda/internal/nodeipc"
+	"github.com/remuda-dev/remuda/test/harness"
 )
 
 const patience = 30 * time.Second
@@ -193,12 +194,10 @@ func (n *node) listens() *node {
 // freePort is one that was free a moment ago.
 func freePort(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := harness.FreePort()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	_, port, _ := net.SplitHostPort(l.Addr().String())
 	return port
 }
 

@@ -12,6 +12,7 @@ import (
 
 	"github.com/remuda-dev/remuda/client"
 	"github.com/remuda-dev/remuda/internal/config"
+	"github.com/remuda-dev/remuda/test/harness"
 )
 
 // server is Node's plainest: nothing of it knows of clusters or signals.
@@ -20,13 +21,11 @@ const server = `require('http').createServer((req, res) => setTimeout(() => res.
 // web is a Node app of two instances in cluster mode, and where it listens.
 func (b *box) web() (spec config.App, addr string) {
 	b.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := harness.FreePort()
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer l.Close()
-	addr = l.Addr().String()
-	_, port, _ := net.SplitHostPort(addr)
+	addr = "127.0.0.1:" + port
 	b.write("server.js", fmt.Sprintf(server, port))
 	spec = b.app("web", "")
 	spec.Command = []string{"node", filepath.Join(b.home, "server.js")}

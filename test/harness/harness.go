@@ -14,11 +14,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -206,6 +209,27 @@ func (h *Home) Destroy() {
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
+}
+
+// FreePort is a port that nobody listens at, on any address, by TCP or UDP. It is
+// none of those that the kernel gives to connections and to who asks for any
+// port, so that nobody comes to have it between now and its use.
+func FreePort() (string, error) {
+	var errs []error
+	for range 50 {
+		port := strconv.Itoa(10000 + rand.IntN(20000))
+		l, err := net.Listen("tcp", ":"+port)
+		if err == nil {
+			l.Close()
+			var u net.PacketConn
+			if u, err = net.ListenPacket("udp", ":"+port); err == nil {
+				_ = u.Close()
+				return port, nil
+			}
+		}
+		errs = append(errs, err)
+	}
+	return "", fmt.Errorf("no port is free: %w", errors.Join(errs...))
 }
 
 // Eventually calls f until it returns nil, and returns its last error where

@@ -14,7 +14,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -120,7 +119,7 @@ func run(ctx context.Context, o options) (err error) {
 
 // reload puts one server under load and reloads it; each is the median time.
 func reload(ctx context.Context, h *harness.Home, s server, o options) (f load.Figures, each time.Duration, err error) {
-	port, err := freePort()
+	port, err := harness.FreePort()
 	if err != nil {
 		return f, 0, err
 	}
@@ -200,14 +199,4 @@ func pids(ctx context.Context, c *client.Client, app string) ([]string, error) {
 		return nil, fmt.Errorf("%d instances are online, not 2", len(out))
 	}
 	return out, nil
-}
-
-func freePort() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	defer l.Close()
-	_, port, err := net.SplitHostPort(l.Addr().String())
-	return port, err
 }

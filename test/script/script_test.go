@@ -358,10 +358,9 @@ func listen(ts *testscript.TestScript, _ bool, args []string) {
 
 // freeport VARIABLE: a port of 127.0.0.1 that was free a moment ago.
 func freePort(ts *testscript.TestScript, _ bool, args []string) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := harness.FreePort()
 	ts.Check(err)
-	ts.Setenv(args[0], strconv.Itoa(l.Addr().(*net.TCPAddr).Port))
-	ts.Check(l.Close())
+	ts.Setenv(args[0], port)
 }
 
 // sigkill controller|keeper: kills it and, for the controller, waits for the

@@ -171,12 +171,10 @@ func (s *site) pause(pid string) (goOn func()) {
 // freePort is one that was free a moment ago.
 func (s *site) freePort() string {
 	s.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := harness.FreePort()
 	if err != nil {
 		s.Fatal(err)
 	}
-	defer l.Close()
-	_, port, _ := net.SplitHostPort(l.Addr().String())
 	return port
 }
 
