@@ -17,7 +17,7 @@ const (
 	expectFor = 30 * time.Microsecond
 	// minSkip to maxSkip are how many messages are waited for in the ordinary
 	// way after attempts that came to nothing.
-	minSkip, maxSkip = 8, 1024
+	minSkip, maxSkip = 1, 1024
 )
 
 // spin says whether it is worth it to look for a message without rest: where
