@@ -19,7 +19,7 @@
 // Sticky deals out by the client's address, at the same price.
 //
 // It must never start or signal a process, decide when a worker is replaced,
-// or import another package of Remuda than internal/nodeipc and
+// or import another package of Remuda than internal/nodeipc, internal/fdpass and
 // internal/sockets.
 package cluster
 
@@ -34,6 +34,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/remuda-dev/remuda/internal/fdpass"
 	"github.com/remuda-dev/remuda/internal/sockets"
 )
 
@@ -156,7 +157,7 @@ func NewPrimary(o Options) (*Primary, error) {
 	var errs []error
 	p.mu.Lock() // dealers begin at once
 	for key, f := range o.Listeners {
-		fd, err := dup(f)
+		fd, err := fdpass.DupFile(f)
 		f.Close()
 		if err == nil {
 			err = unix.SetNonblock(fd, true)
@@ -463,16 +464,4 @@ func (p *Primary) gone(w *Worker) {
 		p.leave(w, l)
 	}
 	p.undealt(w)
-}
-
-func dup(f *os.File) (int, error) {
-	rc, err := f.SyscallConn()
-	if err != nil {
-		return -1, err
-	}
-	fd, dupErr := -1, error(nil)
-	if err := rc.Control(func(p uintptr) { fd, dupErr = unix.FcntlInt(p, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
-		return -1, err
-	}
-	return fd, dupErr
 }

@@ -16,15 +16,16 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/remuda-dev/remuda/internal/fdpass"
 	"github.com/remuda-dev/remuda/internal/nodeipc"
 	"github.com/remuda-dev/remuda/test/harness"
+	"github.com/remuda-dev/remuda/test/load"
 )
 
 const patience = 30 * time.Second
@@ -46,7 +47,7 @@ func newShelf(t *testing.T) *shelf {
 }
 
 func (s *shelf) Put(name string, f *os.File) error {
-	fd, err := dup(f)
+	fd, err := fdpass.DupFile(f)
 	if err != nil {
 		return err
 	}
@@ -75,7 +76,7 @@ func (s *shelf) copies(t *testing.T) map[string]*os.File {
 	defer s.mu.Unlock()
 	out := map[string]*os.File{}
 	for name, f := range s.m {
-		fd, err := dup(f)
+		fd, err := fdpass.DupFile(f)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -140,7 +141,7 @@ func start(t *testing.T, p *Primary, id int, script string, args ...string) *nod
 		t.Fatal(err)
 	}
 	n := &node{t: t, exited: make(chan struct{}), msgs: make(chan string, 100), at: make(chan Address, 100)}
-	fd, err := dup(mine)
+	fd, err := fdpass.DupFile(mine)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -473,112 +474,36 @@ func TestListenerOutlivesItsWorkers(t *testing.T) {
 	stop()
 }
 
-// load is clients that ask all the time: half with a connection kept alive,
+// pressure is clients that ask all the time: half with a connection kept alive,
 // half with a new one for each request.
-type load struct {
-	t        *testing.T
-	stop     context.CancelFunc
-	wg       sync.WaitGroup
-	requests atomic.Int64
-	failed   atomic.Int64
+type pressure struct {
+	t *testing.T
+	*load.Load
 }
 
-// think is what a client does between two requests.
+// think is what a client does between two requests: the workers must be able to
+// start beside all this.
 const think = 20 * time.Millisecond
 
-func press(t *testing.T, addr string, clients int) *load {
-	ctx, cancel := context.WithCancel(context.Background())
-	l := &load{t: t, stop: cancel}
-	for n := range 2 * clients {
-		l.wg.Add(1)
-		go func() {
-			defer l.wg.Done()
-			c := client{addr: addr, keep: n%2 == 0}
-			defer c.close()
-			for ctx.Err() == nil {
-				err := c.ask()
-				l.requests.Add(1)
-				if err != nil && l.failed.Add(1) <= 5 {
-					t.Errorf("request: %v", err)
-				}
-				select { // the workers must be able to start beside all this
-				case <-ctx.Done():
-				case <-time.After(think):
-				}
-			}
-		}()
-	}
-	return l
-}
-
-// client sends requests one after the other. Unlike that of net/http it does
-// not try again when a connection that was kept turns out to be closed.
-type client struct {
-	addr string
-	keep bool
-	conn net.Conn
-	in   *bufio.Reader
-}
-
-func (c *client) close() {
-	if c.conn != nil {
-		c.conn.Close()
-		c.conn = nil
-	}
-}
-
-func (c *client) ask() (err error) {
-	fresh := c.conn == nil
-	if fresh {
-		if c.conn, err = net.DialTimeout("tcp", c.addr, patience); err != nil {
-			c.conn = nil
-			return err
-		}
-		c.in = bufio.NewReader(c.conn)
-	}
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("on a connection that is new (%t): %w", fresh, err)
-		}
-		if err != nil || !c.keep {
-			c.close()
-		}
-	}()
-	_ = c.conn.SetDeadline(time.Now().Add(patience))
-	if _, err := io.WriteString(c.conn, "GET / HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
-		return err
-	}
-	res, err := http.ReadResponse(c.in, nil)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(io.Discard, res.Body)
-	res.Body.Close()
-	if res.Close {
-		c.close()
-	}
-	return err
+func press(t *testing.T, addr string, clients int) pressure {
+	return pressure{t, load.Start(load.Options{Addr: addr, Kept: clients, Fresh: clients, Think: think, Timeout: patience})}
 }
 
 // wait waits for n more requests.
-func (l *load) wait(n int64) {
-	l.t.Helper()
-	until := l.requests.Load() + n
-	for deadline := time.Now().Add(patience); l.requests.Load() < until; {
-		if time.Now().After(deadline) {
-			l.t.Fatalf("%d requests are still missing", until-l.requests.Load())
-		}
-		time.Sleep(time.Millisecond)
+func (p pressure) wait(n int) {
+	p.t.Helper()
+	if err := p.Wait(n, patience); err != nil {
+		p.t.Fatal(err)
 	}
 }
 
-func (l *load) end() {
-	l.stop()
-	l.wg.Wait()
-	if n := l.failed.Load(); n > 0 {
-		l.t.Errorf("%d of %d requests failed", n, l.requests.Load())
+// end holds every request that failed against the test.
+func (p pressure) end() {
+	f := p.Stop()
+	if len(f.Failures) > 0 {
+		p.t.Errorf("%d of %d requests failed: %v", len(f.Failures), f.Requests, &f)
 	}
-	l.t.Logf("%d requests, %d failed", l.requests.Load(), l.failed.Load())
+	p.t.Log(&f)
 }
 
 func TestReplacedUnderLoadWithoutALostRequest(t *testing.T) {
@@ -631,12 +556,12 @@ func TestPrimaryIsReplaced(t *testing.T) {
 			}
 			l := press(t, "127.0.0.1:"+port, clients)
 			defer l.end()
-			l.wait(int64(10 * clients))
+			l.wait(10 * clients)
 			p.Close()
 
 			next := primary(t, Options{Store: store, Policy: policy, Listeners: store.copies(t)})
 			for id, n := range []*node{one, two} {
-				fd, err := dup(n.kept)
+				fd, err := fdpass.DupFile(n.kept)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -646,7 +571,7 @@ func TestPrimaryIsReplaced(t *testing.T) {
 				await(t, "listening", n.Listening())
 			}
 			serves(t, "tcp", "127.0.0.1:"+port, one, two)
-			l.wait(int64(10 * clients))
+			l.wait(10 * clients)
 			next.Prune() // must leave alone what the resumed have
 			three := start(t, next, 3, "http.js", port, "20").listens()
 			for _, n := range []*node{one, two} {

@@ -101,7 +101,7 @@ func newBuffers() *buffers {
 // then the first line may be the rest of one, the worker may have any of the
 // listeners, and it counts as listening.
 func (p *Primary) Attach(worker int, f *os.File, h Handlers, resumed bool) (*Worker, error) {
-	fd, err := dup(f)
+	fd, err := fdpass.DupFile(f)
 	f.Close()
 	if err == nil {
 		err = unix.SetNonblock(fd, true) // so that Go's poller waits for it

@@ -3,7 +3,6 @@ package daemon
 import (
 	"context"
 	"fmt"
-	"hash/fnv"
 	"os"
 	"slices"
 	"strings"
@@ -35,9 +34,6 @@ const (
 	pruneWait = 30 * time.Second
 )
 
-// clustered says whether the instances of an app share their sockets.
-func clustered(spec config.App) bool { return spec.Clustered() }
-
 // clusters are the primaries of the apps in cluster mode. Safe for use by
 // several goroutines.
 type clusters struct {
@@ -49,11 +45,7 @@ type clusters struct {
 }
 
 // keptPrefix is how the keeper's names of the listeners of an app begin.
-func keptPrefix(app string) string {
-	h := fnv.New64a()
-	_, _ = h.Write([]byte(app))
-	return fmt.Sprintf("cl-%016x-", h.Sum64())
-}
+func keptPrefix(app string) string { return "cl-" + hashed(app) + "-" }
 
 // inherit takes the listeners out of what the keeper had stored.
 func (c *clusters) inherit(stored map[string]*os.File) {
@@ -146,12 +138,7 @@ func (c *clusters) fork(name string) {
 // remove ends the primary of an app and its listeners, unless an instance of
 // the app still needs them.
 func (c *clusters) remove(name string, needs func(*instance) bool) {
-	c.d.mu.Lock()
-	var list []*instance
-	if a := c.d.apps[name]; a != nil {
-		list = slices.Clone(a.instances)
-	}
-	c.d.mu.Unlock()
+	list := c.d.instancesNamed(name)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if slices.ContainsFunc(list, needs) {

@@ -115,9 +115,12 @@ type app struct {
 }
 
 // Tag names a home folder in cgroups and environments.
-func Tag(home string) string {
+func Tag(home string) string { return hashed(home) }
+
+// hashed is s in 16 characters that fit into any name.
+func hashed(s string) string {
 	h := fnv.New64a()
-	_, _ = h.Write([]byte(home))
+	_, _ = h.Write([]byte(s))
 	return fmt.Sprintf("%016x", h.Sum64())
 }
 

@@ -91,12 +91,21 @@ func (i *instance) onTrouble(t logs.Trouble) {
 	}
 	i.logLost = max(i.logLost, t.Lost)
 	i.mu.Unlock()
+	if typ, text := troubleEvent(before, t); typ != "" {
+		i.d.event(i, typ, 0, text)
+	}
+}
+
+// troubleEvent is the event that is to be told where the trouble before is
+// followed by t; "" for none.
+func troubleEvent(before string, t logs.Trouble) (typ, text string) {
 	switch {
 	case t.Err != nil && before == "":
-		i.d.event(i, "log.trouble", 0, fmt.Sprintf("%s: %v", t.Path, t.Err))
+		return "log.trouble", fmt.Sprintf("%s: %v", t.Path, t.Err)
 	case t.Err == nil && before != "":
-		i.d.event(i, "log.recovered", 0, fmt.Sprintf("%s can be written again; %d bytes were lost", t.Path, t.Lost))
+		return "log.recovered", fmt.Sprintf("%s can be written again; %d bytes were lost", t.Path, t.Lost)
 	}
+	return "", ""
 }
 
 // child is the instance as its supervisor sees it.
@@ -117,7 +126,7 @@ func (i *instance) child() supervise.Spec {
 	if s.MaxRestarts == 0 { // none at all: the first end that calls for one is the last
 		s.MaxRestarts, s.Window = 1, 0
 	}
-	if clustered(a) {
+	if a.Clustered() {
 		s.Grace = max(s.Grace, 0) + drainWait
 	}
 	switch a.Restart.Policy {

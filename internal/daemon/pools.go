@@ -222,6 +222,9 @@ func poolOptions(spec config.Pool) pool.Options {
 	return o
 }
 
+// inShort is what package pool says, without its name.
+func inShort(err error) string { return strings.TrimPrefix(err.Error(), "pool: ") }
+
 // bounds are the least and the most workers in the words of [pool.Pool.Scale].
 func bounds(spec config.Pool) (least, most int) {
 	if spec.Protocol == string(pool.Exec) {
@@ -269,7 +272,7 @@ func (p *managedPool) begin(spec config.Pool) (_ *poolLife, err error) {
 		return nil, err
 	}
 	if l.pool, err = pool.New(o); err != nil {
-		return nil, errors.New(strings.TrimPrefix(err.Error(), "pool: "))
+		return nil, errors.New(inShort(err))
 	}
 	return l, nil
 }
@@ -299,31 +302,12 @@ func (l *poolLife) output(stream string, t logs.Target) (*os.File, error) {
 // capture takes output into a log, or discards it where it cannot be kept as
 // asked, for workers must not block on their own words.
 func (p *managedPool) capture(stream string, pipe, relay *os.File, t logs.Target, adopted bool) *logs.Capture {
-	src := logs.Source{App: p.name, ID: p.id, Stream: stream}
-	attach := func() (*logs.Capture, error) {
-		if adopted {
-			return p.d.logs.Adopt(src, pipe, relay, t)
-		}
-		return p.d.logs.Attach(src, pipe, t, false)
-	}
-	c, err := attach()
-	if err == nil {
-		return c
-	}
-	p.trouble(err.Error())
-	p.event("log.trouble", 0, fmt.Sprintf("std%s is discarded: %v", stream, err))
-	t.Path, relay = "", nil
-	if c, err = attach(); err != nil {
-		pipe.Close()
-		return nil
-	}
-	return c
-}
-
-func (p *managedPool) trouble(text string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.logTrouble = text
+	return p.d.capture(logs.Source{App: p.name, ID: p.id, Stream: stream}, pipe, relay, t, adopted, func(err error) {
+		p.mu.Lock()
+		p.logTrouble = err.Error()
+		p.mu.Unlock()
+		p.event("log.trouble", 0, fmt.Sprintf("std%s is discarded: %v", stream, err))
+	})
 }
 
 // onTrouble takes what the logs report.
@@ -336,11 +320,8 @@ func (p *managedPool) onTrouble(t logs.Trouble) {
 	before := p.logTrouble
 	p.logTrouble = text
 	p.mu.Unlock()
-	switch {
-	case text != "" && before == "":
-		p.event("log.trouble", 0, t.Path+": "+text)
-	case text == "" && before != "":
-		p.event("log.recovered", 0, fmt.Sprintf("%s can be written again; %d bytes were lost", t.Path, t.Lost))
+	if typ, text := troubleEvent(before, t); typ != "" {
+		p.event(typ, 0, text)
 	}
 }
 
@@ -492,7 +473,7 @@ func (p *managedPool) reconcile(ctx context.Context, renew bool) error {
 		if reflect.DeepEqual(same, spec) {
 			if old.spec.Min != spec.Min || old.spec.Max != spec.Max {
 				if err := old.pool.Scale(bounds(spec)); err != nil {
-					return errors.New(strings.TrimPrefix(err.Error(), "pool: "))
+					return errors.New(inShort(err))
 				}
 				p.event("pool.scaled", 0, sizeWords(spec.Min, spec.Max))
 			}
@@ -642,7 +623,7 @@ func (p *managedPool) up(ctx context.Context, l *poolLife) error {
 			return nil
 		}
 		if err := l.pool.Err(); err != nil {
-			return errors.New(strings.TrimPrefix(err.Error(), "pool: ") + l.said())
+			return errors.New(inShort(err) + l.said())
 		}
 		if s.Died >= first.Died+failedStarts && s.Done == first.Done {
 			return errors.New("workers end as soon as they are started" + l.said())
@@ -717,7 +698,7 @@ func (p *managedPool) view() client.PoolInfo {
 		err := l.pool.Err()
 		switch {
 		case err != nil:
-			v.State, v.Reason = client.Errored, strings.TrimPrefix(err.Error(), "pool: ")
+			v.State, v.Reason = client.Errored, inShort(err)
 		case v.Stats.Up == 0:
 			v.State = client.Starting
 		default:
@@ -1097,12 +1078,7 @@ func (d *Daemon) planAct(list []*managedPool, req client.ActRequest) (*poolPlan,
 		if len(req.Env) > 0 {
 			d.mu.Lock()
 			for _, p := range list {
-				env := maps.Clone(p.spec.Env)
-				if env == nil {
-					env = map[string]string{}
-				}
-				maps.Copy(env, req.Env)
-				p.spec.Env = env
+				p.spec.Env = mergedEnv(p.spec.Env, req.Env)
 			}
 			d.mu.Unlock()
 		}
@@ -1256,7 +1232,7 @@ func (p *managedPool) failure(err error) error {
 		return nil
 	}
 	var te *pool.TaskError
-	text := strings.TrimPrefix(err.Error(), "pool: ")
+	text := inShort(err)
 	switch {
 	case errors.As(err, &te):
 		e := &client.Error{Status: http.StatusUnprocessableEntity, Kind: client.TaskFailed, Detail: te.Message, Code: te.Code}

@@ -34,12 +34,12 @@ type candidate struct {
 const rollTries = 5
 
 // surges says whether two runs of one instance can serve side by side.
-func surges(spec config.App) bool { return clustered(spec) || len(spec.Sockets) > 0 }
+func surges(spec config.App) bool { return spec.Clustered() || len(spec.Sockets) > 0 }
 
 // sideBySide says whether a run of the one spec can serve beside one of the
 // other: not where they would open the same port in different ways.
 func sideBySide(old, fresh config.App) bool {
-	if clustered(old) != clustered(fresh) || (len(old.Sockets) > 0) != (len(fresh.Sockets) > 0) {
+	if old.Clustered() != fresh.Clustered() || (len(old.Sockets) > 0) != (len(fresh.Sockets) > 0) {
 		return false
 	}
 	for _, a := range old.Sockets {

@@ -9,42 +9,26 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/remuda-dev/remuda/client"
 	"github.com/remuda-dev/remuda/internal/config"
+	"github.com/remuda-dev/remuda/test/load"
 )
 
 // load asks for the app's answer again and again, by several clients, until
 // the returned function is called, which says how many answers there were.
 func (b *box) load(addr string, clients int) (stop func() int) {
-	ctx, cancel := context.WithCancel(b.Context())
-	var wg sync.WaitGroup
-	var mu sync.Mutex
-	n := 0
-	for range clients {
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
-			for ctx.Err() == nil {
-				_, err := get(addr)
-				mu.Lock()
-				n++
-				mu.Unlock()
-				if err != nil {
-					b.Errorf("a request failed: %v", err)
-					return
-				}
-			}
-		}()
-	}
+	l := load.Start(load.Options{Addr: addr, Fresh: clients, Timeout: patience})
+	b.Cleanup(func() { l.Stop() }) // also where the test ends early
 	return func() int {
-		cancel()
-		wg.Wait()
-		return n
+		f := l.Stop()
+		if len(f.Failures) > 0 {
+			b.Errorf("requests failed: %v", &f)
+		}
+		return f.Requests
 	}
 }
 

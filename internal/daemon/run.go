@@ -229,7 +229,7 @@ func (i *instance) spawn(ctx context.Context, as origin, a supervise.Attempt) (_
 		ps.Keep[keptIPC] = parent
 		env = append(env, nodeipc.Env(len(ps.Files)-1)...)
 	}
-	as.cluster = clustered(spec) // which has a channel, being Node
+	as.cluster = spec.Clustered() // which has a channel, being Node
 	if as.cluster {
 		primary, err := i.d.clusters.of(spec, ps.Credential)
 		if err != nil {
@@ -301,19 +301,27 @@ func (r *run) capture(stream string, pipe, relay *os.File, t logs.Target, adopte
 	if pipe == nil {
 		return nil
 	}
-	src := logs.Source{App: r.inst.app, ID: r.inst.id, Stream: stream}
+	i := r.inst
+	return i.d.capture(logs.Source{App: i.app, ID: i.id, Stream: stream}, pipe, relay, t, adopted, func(err error) {
+		i.trouble(err.Error())
+		i.d.event(i, "log.trouble", 0, fmt.Sprintf("std%s is discarded: %v", stream, err))
+	})
+}
+
+// capture takes output into a log, or discards it where that cannot be, which
+// trouble is told; nil where not even that can be.
+func (d *Daemon) capture(src logs.Source, pipe, relay *os.File, t logs.Target, adopted bool, trouble func(error)) *logs.Capture {
 	attach := func() (*logs.Capture, error) {
 		if adopted {
-			return r.inst.d.logs.Adopt(src, pipe, relay, t)
+			return d.logs.Adopt(src, pipe, relay, t)
 		}
-		return r.inst.d.logs.Attach(src, pipe, t, false)
+		return d.logs.Attach(src, pipe, t, false)
 	}
 	c, err := attach()
 	if err == nil {
 		return c
 	}
-	r.inst.trouble(err.Error())
-	r.inst.d.event(r.inst, "log.trouble", 0, fmt.Sprintf("std%s is discarded: %v", stream, err))
+	trouble(err)
 	t.Path, relay = "", nil
 	if c, err = attach(); err != nil {
 		pipe.Close()

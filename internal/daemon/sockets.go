@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"io/fs"
 	"maps"
 	"os"
@@ -18,6 +17,7 @@ import (
 
 	"github.com/remuda-dev/remuda/client"
 	"github.com/remuda-dev/remuda/internal/config"
+	"github.com/remuda-dev/remuda/internal/fdpass"
 	"github.com/remuda-dev/remuda/internal/sockets"
 	"github.com/remuda-dev/remuda/proc"
 	"github.com/remuda-dev/remuda/supervise"
@@ -48,11 +48,7 @@ type activeSocket struct {
 }
 
 // activePrefix is how the keeper's names of the sockets of an app begin.
-func activePrefix(app string) string {
-	h := fnv.New64a()
-	_, _ = h.Write([]byte(app))
-	return fmt.Sprintf("so-%016x-", h.Sum64())
-}
+func activePrefix(app string) string { return "so-" + hashed(app) + "-" }
 
 // socketKey tells the sockets of an app apart. What can be changed of an open
 // one is not part of it.
@@ -86,7 +82,7 @@ func (a *activation) inherit(stored map[string]*os.File) {
 			continue
 		}
 		delete(stored, name)
-		fd, err := dupFile(f)
+		fd, err := fdpass.DupFile(f)
 		f.Close()
 		if err != nil {
 			a.d.log.Error("a socket of an app cannot be kept", "name", name, "error", err)
@@ -232,9 +228,7 @@ func (a *activation) keep(name string, fd int) error {
 	}
 	f := os.NewFile(uintptr(second), name)
 	defer f.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), keeperWait)
-	defer cancel()
-	return a.d.keeper.Put(ctx, name, nil, f)
+	return keeperStore{d: a.d}.Put(name, f)
 }
 
 // close closes one for good. a.mu is held.
@@ -243,9 +237,7 @@ func (a *activation) close(prefix, key string) {
 	delete(a.open[prefix], key)
 	_ = unix.Close(s.fd)
 	s.place.Remove(s.owner)
-	ctx, cancel := context.WithTimeout(context.Background(), keeperWait)
-	defer cancel()
-	_ = a.d.keeper.Drop(ctx, prefix+key)
+	_ = keeperStore{a.d, prefix}.Drop(key)
 	if a.freed != nil {
 		close(a.freed)
 		a.freed = nil
@@ -399,18 +391,6 @@ func (d *Daemon) instancesNamed(name string) []*instance {
 		return slices.Clone(a.instances)
 	}
 	return nil
-}
-
-func dupFile(f *os.File) (int, error) {
-	rc, err := f.SyscallConn()
-	if err != nil {
-		return -1, err
-	}
-	fd, dupErr := -1, error(nil)
-	if err := rc.Control(func(p uintptr) { fd, dupErr = unix.FcntlInt(p, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
-		return -1, err
-	}
-	return fd, dupErr
 }
 
 // sockets puts the sockets of the app behind the descriptors that ps has, which

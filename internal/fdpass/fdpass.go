@@ -34,24 +34,28 @@ func Dup(files []*os.File) ([]int, error) {
 			Close(fds)
 			return nil, fmt.Errorf("duplicate a descriptor: %w", os.ErrInvalid)
 		}
-		// Not Fd, which makes a file blocking.
-		rc, err := f.SyscallConn()
-		if err == nil {
-			var errDup error
-			err = rc.Control(func(fd uintptr) {
-				var n int
-				if n, errDup = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0); errDup == nil {
-					fds = append(fds, n)
-				}
-			})
-			err = errors.Join(err, os.NewSyscallError("fcntl", errDup))
-		}
+		fd, err := DupFile(f)
 		if err != nil {
 			Close(fds)
 			return nil, fmt.Errorf("duplicate %s: %w", f.Name(), err)
 		}
+		fds = append(fds, fd)
 	}
 	return fds, nil
+}
+
+// DupFile returns a close-on-exec duplicate of f, which is the caller's. Unlike
+// f's Fd it leaves f as it is.
+func DupFile(f *os.File) (int, error) {
+	rc, err := f.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	fd, errDup := -1, error(nil)
+	if err := rc.Control(func(p uintptr) { fd, errDup = unix.FcntlInt(p, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
+		return -1, err
+	}
+	return fd, os.NewSyscallError("fcntl", errDup)
 }
 
 // Close closes all of fds.

@@ -186,17 +186,10 @@ func (h *Hub) Close() {
 // to read. f may come from [Pair] or be a kept descriptor of it.
 func (h *Hub) Open(f *os.File, handlers Handlers) (*Channel, error) {
 	defer f.Close()
-	rc, err := f.SyscallConn()
+	// A duplicate, so that no *os.File stands by with its poll descriptor.
+	fd, err := fdpass.DupFile(f)
 	if err != nil {
 		return nil, fmt.Errorf("open IPC channel: %w", err)
-	}
-	// A duplicate, so that no *os.File stands by with its poll descriptor.
-	fd, dupErr := -1, error(nil)
-	if err := rc.Control(func(p uintptr) { fd, dupErr = unix.FcntlInt(p, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
-		return nil, fmt.Errorf("open IPC channel: %w", err)
-	}
-	if dupErr != nil {
-		return nil, fmt.Errorf("open IPC channel: %w", os.NewSyscallError("fcntl", dupErr))
 	}
 	c := &Channel{hub: h, fd: fd, h: handlers, resumed: handlers.Resumed}
 	h.mu.Lock()
