@@ -98,20 +98,6 @@ func (c *Channel) Send(t Type, id uint32, payload []byte) error {
 	return nil
 }
 
-// SendSoon is Send for one of many: frames that are sent about now share a
-// system call.
-func (c *Channel) SendSoon(t Type, id uint32, payload []byte) error {
-	if int64(len(payload)) > c.peer.Load() {
-		return c.tooLarge(len(payload))
-	}
-	var head [HeaderSize]byte
-	if err := c.w.queue(AppendHeader(head[:0], t, id, len(payload)), payload); err != nil {
-		return err
-	}
-	c.w.flush(true)
-	return nil
-}
-
 func (c *Channel) tooLarge(n int) error {
 	return fmt.Errorf("%w: %d bytes, where the other side takes %d", ErrTooLarge, n, c.peer.Load())
 }
@@ -171,7 +157,7 @@ func (c *Channel) SendHello(h Hello) error {
 type Answer struct {
 	Took  time.Duration // in the handler; 0: not told
 	Files []*os.File    // at most MaxFiles; the caller's. Not with an error
-	Soon  bool          // as SendSoon
+	Soon  bool          // one of many: those that are sent about now share a system call
 	Lease *Lease        // of memory that the result may lie in; it ends
 }
 

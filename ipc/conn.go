@@ -195,10 +195,7 @@ func (c *frames) Serve(ready func()) error {
 	if c.fatal != nil {
 		err = c.fatal
 	}
-	c.err = ErrClosed
-	if err != nil {
-		c.err = fmt.Errorf("%w: %w", ErrClosed, err)
-	}
+	c.err = closedBy(err)
 	left := c.pending
 	c.pending = nil
 	c.mu.Unlock()

@@ -93,6 +93,15 @@ var (
 	ErrCancelled = errors.New("ipc: request cancelled")
 )
 
+// closedBy is ErrClosed for what was under way on a channel that err has ended;
+// nil: it ended well.
+func closedBy(err error) error {
+	if err == nil {
+		return ErrClosed
+	}
+	return fmt.Errorf("%w: %w", ErrClosed, err)
+}
+
 // AppendHeader appends the header of a frame with a payload of n bytes.
 func AppendHeader(dst []byte, t Type, id uint32, n int) []byte {
 	dst = binary.LittleEndian.AppendUint32(dst, uint32(n))

@@ -138,14 +138,14 @@ func TestChannelOrder(t *testing.T) {
 		wg.Go(func() {
 			for i := range each {
 				payload := bytes.Repeat([]byte{byte(w)}, []int{0, 8, 1000, 20 << 10}[i%4])
-				send := ca.Send
+				send := func(id uint32, payload []byte) error { return ca.Send(TypeChunk, id, payload) }
 				if i%3 == 0 {
-					send = ca.SendSoon
+					send = func(id uint32, payload []byte) error { return ca.SendResult(id, payload, Answer{Soon: true}) }
 				}
 				if i%50 == 0 {
 					ca.Hold()
 				}
-				if err := send(TypeChunk, uint32(w<<16|i), payload); err != nil {
+				if err := send(uint32(w<<16|i), payload); err != nil {
 					t.Error(err)
 				}
 				if i%50 == 0 {

@@ -72,26 +72,30 @@ func (c *lines) Serve(ready func()) error {
 		}
 		c.w.release()
 	}
-	switch {
-	case errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET):
-		err = nil
-		if len(pending) > 0 {
-			err = io.ErrUnexpectedEOF
-		}
-	case errors.Is(err, os.ErrClosed):
-		err = nil
-	}
+	err = endOfLines(err, pending)
 	c.mu.Lock()
-	c.err = ErrClosed
-	if err != nil {
-		c.err = fmt.Errorf("%w: %w", ErrClosed, err)
-	}
+	c.err = closedBy(err)
 	left := c.pending
 	c.pending = nil
 	c.mu.Unlock()
 	c.Close()
 	for _, r := range left {
 		r.To.End(r, nil, c.err)
+	}
+	return err
+}
+
+// endOfLines is what Serve returns where a read ended with err: nil for an end
+// between two lines, of which part is none.
+func endOfLines(err error, part []byte) error {
+	switch {
+	case errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET):
+		if len(part) > 0 {
+			return io.ErrUnexpectedEOF
+		}
+		return nil
+	case errors.Is(err, os.ErrClosed):
+		return nil
 	}
 	return err
 }

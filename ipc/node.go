@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"slices"
 	"strconv"
@@ -167,20 +166,9 @@ func (c *NodeConn) Serve(ready func()) error {
 			err = c.lead.lend(c.underWay)
 		}
 	}
-	switch {
-	case errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET):
-		err = nil
-		if len(c.part) > 0 {
-			err = io.ErrUnexpectedEOF
-		}
-	case errors.Is(err, os.ErrClosed):
-		err = nil
-	}
+	err = endOfLines(err, c.part)
 	c.mu.Lock()
-	c.err = ErrClosed
-	if err != nil {
-		c.err = fmt.Errorf("%w: %w", ErrClosed, err)
-	}
+	c.err = closedBy(err)
 	left := c.pending
 	c.pending, c.sent = nil, 0
 	c.mu.Unlock()
