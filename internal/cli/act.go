@@ -118,6 +118,18 @@ func verbWord(v client.Verb) string {
 // result prints what became of each instance and then the table. word is said
 // in the place of a state.
 func (c *cli) result(ctx context.Context, res client.ActResult, word string) error {
+	return c.resultWith(res, word, func() error {
+		list, err := c.client.List(ctx)
+		if err != nil {
+			return err
+		}
+		c.overview(ctx, list)
+		return nil
+	})
+}
+
+// resultWith is result with another table.
+func (c *cli) resultWith(res client.ActResult, word string, table func() error) error {
 	for _, w := range res.Warnings {
 		c.warn(w)
 	}
@@ -137,11 +149,9 @@ func (c *cli) result(ctx context.Context, res client.ActResult, word string) err
 		c.outcomes(res, word)
 		c.poolOutcomes(res, word)
 		if !c.silent {
-			list, err := c.client.List(ctx)
-			if err != nil {
+			if err := table(); err != nil {
 				return err
 			}
-			c.overview(ctx, list)
 		}
 	}
 	if failed {

@@ -630,25 +630,14 @@ func (c *cli) poolResult(ctx context.Context, call func() (client.ActResult, err
 	if err != nil {
 		return noSuchPool(err)
 	}
-	for _, w := range res.Warnings {
-		c.warn(w)
-	}
-	if c.json {
-		res.Instances = notNil(res.Instances)
-		if err := c.writeJSON(res); err != nil {
-			return err
-		}
-	} else if c.poolOutcomes(res, ""); !c.silent {
+	return c.resultWith(res, "", func() error {
 		list, err := c.client.Pools(ctx)
 		if err != nil {
 			return err
 		}
 		c.poolTable(list)
-	}
-	if slices.ContainsFunc(res.Pools, func(o client.PoolOutcome) bool { return o.Error != "" }) {
-		return errFailed
-	}
-	return nil
+		return nil
+	})
 }
 
 // poolOutcomes tells what became of each pool. word is said in the place of a
