@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/remuda-dev/remuda/internal/fdpass"
+	"github.com/remuda-dev/remuda/test/leak"
 )
 
 // enemy is a worker that sends what it likes.
@@ -60,7 +61,7 @@ func frame(t Type, id uint32, payload ...byte) []byte {
 // comes, the parent's one request ends once and no descriptor is left.
 func fight(t *testing.T, o Options, attack func(*enemy)) error {
 	t.Helper()
-	before := openFDs(t)
+	before := leak.Descriptors(t)
 	a, b := pair(t)
 	conn, err := NewFrames(a, o)
 	if err != nil {
@@ -95,7 +96,7 @@ func fight(t *testing.T, o Options, attack func(*enemy)) error {
 	if len(got.got) != 1 {
 		t.Errorf("%d ends: %q", len(got.got), got.got)
 	}
-	settled(t, before)
+	leak.Settled(t, before)
 	return err
 }
 

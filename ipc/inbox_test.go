@@ -7,40 +7,17 @@ import (
 	"os"
 	"sync"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/remuda-dev/remuda/internal/fdpass"
+	"github.com/remuda-dev/remuda/test/leak"
 )
-
-// openFDs is how many descriptors the process has.
-func openFDs(t testing.TB) int {
-	t.Helper()
-	dir, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(dir)
-}
-
-// settled waits until the process has n descriptors again.
-func settled(t testing.TB, n int) {
-	t.Helper()
-	var now int
-	for range 1000 {
-		if now = openFDs(t); now <= n {
-			return
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Errorf("%d descriptors, %d before", now, n)
-}
 
 // Messages with and without descriptors from many goroutines, to a reader that
 // is slow at first: each one's arrive with it.
 func TestWriterPassesDescriptors(t *testing.T) {
-	before := openFDs(t)
+	before := leak.Descriptors(t)
 	a, b := pair(t)
 	sa, sb := sock(t, a), sock(t, b)
 	w, in := newWriter(sa, 0), newInbox(sb)
@@ -108,7 +85,7 @@ func TestWriterPassesDescriptors(t *testing.T) {
 	sa.Close()
 	sb.Close()
 	in.close()
-	settled(t, before)
+	leak.Settled(t, before)
 }
 
 func TestInboxRefuses(t *testing.T) {
@@ -117,7 +94,7 @@ func TestInboxRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer null.Close()
-	before := openFDs(t)
+	before := leak.Descriptors(t)
 	for _, c := range []struct {
 		name  string
 		fds   []int // of each byte
@@ -156,5 +133,5 @@ func TestInboxRefuses(t *testing.T) {
 		}
 		ch.Close()
 	}
-	settled(t, before)
+	leak.Settled(t, before)
 }

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/remuda-dev/remuda/internal/fdpass"
+	"github.com/remuda-dev/remuda/test/leak"
 )
 
 // program is the other end of a Node channel, played by the test.
@@ -170,7 +171,7 @@ func TestNodeRefuses(t *testing.T) {
 // A handle holds up what is behind it until the program has it; one that does
 // not arrive is sent four times and then given up.
 func TestNodeHandleOrder(t *testing.T) {
-	before := openFDs(t)
+	before := leak.Descriptors(t)
 	conn, p, _ := node(t, Options{})
 	e := newEnds()
 	r := pipeEnd(t)
@@ -245,12 +246,12 @@ func TestNodeHandleOrder(t *testing.T) {
 		t.Errorf("at the end: %q, %v", s, err)
 	}
 	// Channel ends: 2, pipe: 2, and the poller's own which may come and go.
-	settled(t, before+4+2)
+	leak.Settled(t, before+4+2)
 }
 
 // A program that does not acknowledge makes nothing grow without bound.
 func TestNodeHandleUnacknowledged(t *testing.T) {
-	before := openFDs(t)
+	before := leak.Descriptors(t)
 	conn, _, served := node(t, Options{})
 	r := pipeEnd(t)
 	var err error
@@ -265,7 +266,7 @@ func TestNodeHandleUnacknowledged(t *testing.T) {
 	if err := <-served; err != nil {
 		t.Errorf("Serve = %v", err)
 	}
-	settled(t, before+3+2)
+	leak.Settled(t, before+3+2)
 }
 
 func TestNodeHandleFromProgram(t *testing.T) {
@@ -339,7 +340,7 @@ func TestNodeViolations(t *testing.T) {
 		{"flood of own messages", strings.Repeat(`{"cmd":"NODE_X"}`+"\n", 103), nil, "more than 100 messages"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			before := openFDs(t)
+			before := leak.Descriptors(t)
 			conn, p, served := node(t, Options{MaxUnsolicited: 100})
 			e := newEnds()
 			req := &Request{Body: []byte("0"), To: e}
@@ -362,7 +363,7 @@ func TestNodeViolations(t *testing.T) {
 			}
 			p.s.Close()
 			closeFiles(req.Got)
-			settled(t, before)
+			leak.Settled(t, before)
 		})
 	}
 }
@@ -703,7 +704,7 @@ func TestNodeSide(t *testing.T) {
 		{"acknowledgement of nothing", ack + "\n" + ack + "\n" + ack + "\n" + ack + "\n", "no handle was sent"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			before := openFDs(t)
+			before := leak.Descriptors(t)
 			a, b := pair(t)
 			sideA, sideB := pair(t)
 			conn, err := NewFrames(a, Options{NodeChannel: sideA})
@@ -763,7 +764,7 @@ func TestNodeSide(t *testing.T) {
 			side.Close()
 			listener.Close()
 			lf.Close()
-			settled(t, before+3) // the pipe, and null
+			leak.Settled(t, before+3) // the pipe, and null
 		})
 	}
 }
@@ -775,7 +776,7 @@ func FuzzNode(f *testing.F) {
 	f.Add([]byte("{\"cmd\":\"NODE_HANDLE_NACK\"}\n[[[\n"), []byte("{\"cmd\":\"NODE_SOCKET_GET_COUNT\",\"key\":1}\n"), uint8(2))
 	f.Add([]byte("{\"type\":\"health_check_response\"}\n"), []byte("\n"), uint8(20))
 	f.Fuzz(func(t *testing.T, one, two []byte, files uint8) {
-		before := openFDs(t)
+		before := leak.Descriptors(t)
 		r, w, err := os.Pipe()
 		if err != nil {
 			t.Fatal(err)
@@ -823,6 +824,6 @@ func FuzzNode(f *testing.F) {
 		for _, q := range reqs {
 			closeFiles(q.Got)
 		}
-		settled(t, before)
+		leak.Settled(t, before)
 	})
 }

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/remuda-dev/remuda/test/leak"
 )
 
 // mapped is how many segments this process has mapped.
@@ -225,7 +227,7 @@ func TestSegmentsIdle(t *testing.T) {
 func TestSegmentsBound(t *testing.T) {
 	s := &shelf{w: &writer{limit: 1 << 30}, idle: time.Hour, segs: make(map[uint32]*block), buffers: make(map[*Buffer]*block)}
 	s.w.room.L = &s.w.mu
-	before := openFDs(t)
+	before := leak.Descriptors(t)
 	var leases []*Lease
 	for l := s.lease(60 << 20); l != nil; l = s.lease(60 << 20) {
 		leases = append(leases, l)
@@ -267,5 +269,5 @@ func TestSegmentsBound(t *testing.T) {
 	if n := mapped(t); n != 0 {
 		t.Errorf("%d segments are left", n)
 	}
-	settled(t, before)
+	leak.Settled(t, before)
 }

@@ -11,29 +11,8 @@ import (
 	"time"
 
 	"github.com/remuda-dev/remuda/ipc"
+	"github.com/remuda-dev/remuda/test/leak"
 )
-
-func openFDs(t testing.TB) int {
-	t.Helper()
-	dir, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(dir)
-}
-
-// settled waits until the process has n descriptors again.
-func settled(t testing.TB, n int) {
-	t.Helper()
-	now := 0
-	for range 1000 {
-		if now = openFDs(t); now <= n {
-			return
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Errorf("%d descriptors, %d before", now, n)
-}
 
 const pythonFiles = `
 import os, socket, sys
@@ -82,7 +61,7 @@ func TestFiles(t *testing.T) {
 				return r
 			}
 			theirs := string(do(Task{Name: "count"}).Body)
-			ours := openFDs(t)
+			ours := leak.Descriptors(t)
 
 			l, err := net.Listen("tcp", "127.0.0.1:0")
 			if err != nil {
@@ -192,7 +171,7 @@ func TestFiles(t *testing.T) {
 			if _, err := p.Do(ctx, Task{Name: "many"}); !errors.As(err, &te) || te.Code != "files" {
 				t.Errorf("a result with 17 files: %v", err)
 			}
-			settled(t, ours)
+			leak.Settled(t, ours)
 			// A worker closes what a handler had when it has sent the answer.
 			n := string(do(Task{Name: "count"}).Body)
 			for end := time.Now().Add(20 * time.Second); n != theirs && time.Now().Before(end); n = string(do(Task{Name: "count"}).Body) {
@@ -255,7 +234,7 @@ func testHostile(t *testing.T, extra string, cases map[string]string) {
 			t.Fatal(err)
 		}
 	}
-	before := openFDs(t)
+	before := leak.Descriptors(t)
 	for name, code := range cases {
 		died := p.Stats().Died
 		_, err := p.Do(ctx, Task{Body: []byte(code)})
@@ -273,7 +252,7 @@ func testHostile(t *testing.T, extra string, cases map[string]string) {
 	for p.Stats().Up < 2 {
 		time.Sleep(time.Millisecond)
 	}
-	settled(t, before)
+	leak.Settled(t, before)
 }
 
 func TestHostileFiles(t *testing.T) {

@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/remuda-dev/remuda/test/leak"
 )
 
 // segments is how many segments of shared memory a process has mapped.
@@ -65,7 +67,7 @@ func TestSharedMemory(t *testing.T) {
 		{"python", []string{"python3", write(t, "w.py", strings.ReplaceAll(pythonShared, "SDK", sdkPath(t, "python")))}, []string{"", "view", "buffer", "waste", "keep"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			before := openFDs(t)
+			before := leak.Descriptors(t)
 			p := newPool(t, Options{Command: c.command, Size: 2, Concurrency: 2, Grace: 30 * time.Second})
 			ctx := limit(t)
 			big := make([]byte, 3<<20)
@@ -126,14 +128,14 @@ func TestSharedMemory(t *testing.T) {
 			}
 			r.Release()
 			noSegments(t)
-			settled(t, before)
+			leak.Settled(t, before)
 		})
 	}
 }
 
 // Workers that die with shared memory in use leave none of it.
 func TestSharedMemoryDeath(t *testing.T) {
-	before := openFDs(t)
+	before := leak.Descriptors(t)
 	p := newPool(t, Options{Size: 2, Concurrency: 4})
 	ctx := limit(t)
 	body := make([]byte, 200_000)
@@ -157,7 +159,7 @@ func TestSharedMemoryDeath(t *testing.T) {
 	wg.Wait()
 	closeQuick(t, p)
 	noSegments(t)
-	settled(t, before)
+	leak.Settled(t, before)
 }
 
 func closeQuick(t *testing.T, p *Pool) {

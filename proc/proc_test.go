@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/remuda-dev/remuda/test/leak"
 )
 
 const patience = 30 * time.Second
@@ -381,7 +383,7 @@ func TestMemoryMax(t *testing.T) {
 
 func TestConcurrent(t *testing.T) {
 	d := newDirect(t)
-	before := countFDs(t)
+	before := leak.Descriptors(t)
 	var wg sync.WaitGroup
 	for i := range 100 {
 		wg.Go(func() {
@@ -402,17 +404,9 @@ func TestConcurrent(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if after := countFDs(t); after > before+2 { // the launcher's /dev/null, the poller
+	if after := leak.Descriptors(t); after > before+2 { // the launcher's /dev/null, the poller
 		t.Errorf("%d descriptors, before %d", after, before)
 	}
-}
-
-func countFDs(t *testing.T) int {
-	e, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(e)
 }
 
 func TestIdentity(t *testing.T) {

@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/remuda-dev/remuda/test/leak"
 )
 
 func pair(t testing.TB) (a, b int) {
@@ -17,15 +19,6 @@ func pair(t testing.TB) (a, b int) {
 	}
 	t.Cleanup(func() { Close(fds[:]) })
 	return fds[0], fds[1]
-}
-
-func open(t testing.TB) int {
-	t.Helper()
-	dir, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(dir)
 }
 
 func send(t testing.TB, fd int, b string, fds []int) {
@@ -45,7 +38,7 @@ func TestPass(t *testing.T) {
 	if _, _, err := r.Receive(uintptr(b), buf); !errors.Is(err, unix.EAGAIN) {
 		t.Fatalf("nothing there: %v", err)
 	}
-	before := open(t)
+	before := leak.Descriptors(t)
 	pr, pw, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -88,14 +81,14 @@ func TestPass(t *testing.T) {
 		t.Errorf("%q, %v", b, err)
 	}
 	in.Close()
-	if n := open(t); n != before {
+	if n := leak.Descriptors(t); n != before {
 		t.Errorf("%d descriptors, %d before", n, before)
 	}
 }
 
 func TestTruncated(t *testing.T) {
 	a, b := pair(t)
-	before := open(t)
+	before := leak.Descriptors(t)
 	many := make([]int, 17)
 	for i := range many {
 		many[i] = a
@@ -112,7 +105,7 @@ func TestTruncated(t *testing.T) {
 		}
 		Close(fds)
 	}
-	if n := open(t); n != before {
+	if n := leak.Descriptors(t); n != before {
 		t.Errorf("%d descriptors, %d before", n, before)
 	}
 	if err := unix.Shutdown(a, unix.SHUT_WR); err != nil {
