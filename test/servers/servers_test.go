@@ -130,10 +130,12 @@ func (s *site) bothServe(app string, l *load.Load) {
 	})
 }
 
-// kill9 ends the process and returns when it is gone.
+// kill9 ends the process and returns when it is gone: reaped, as a process whose
+// first thread is a zombie may have others, and its connections open.
 func (s *site) kill9(pid string) (gone time.Time) {
 	s.Helper()
 	n, err := strconv.Atoi(pid)
+	was, _ := harness.Stat(n)
 	if err == nil {
 		err = syscall.Kill(n, syscall.SIGKILL)
 	}
@@ -141,7 +143,7 @@ func (s *site) kill9(pid string) (gone time.Time) {
 		s.Fatal(err)
 	}
 	s.until("the end of pid "+pid, func() error {
-		if p, ok := harness.Stat(n); ok && p.State != 'Z' {
+		if p, ok := harness.Stat(n); ok && p.Start == was.Start {
 			return errors.New("it is still there")
 		}
 		return nil
