@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"go.uber.org/goleak"
 )
 
@@ -208,6 +210,58 @@ func TestDescendants(t *testing.T) {
 	}
 	if u := s.Sample(tree); u[cmd.Process.Pid].Procs != 4 {
 		t.Errorf("usage of the tree: %+v", u[cmd.Process.Pid])
+	}
+}
+
+// A program whose first thread waits for another that does not get its turn, as
+// on a machine that is busy, has not come to rest.
+func TestRestOfStarvedThread(t *testing.T) {
+	var cpus unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &cpus); err != nil {
+		t.Fatal(err)
+	}
+	cpu := 0
+	for !cpus.IsSet(cpu) {
+		cpu++
+	}
+	// It has the processor to itself.
+	start(t, "python3", "-c", fmt.Sprintf("import os\nos.sched_setaffinity(0, {%d})\nwhile True: pass", cpu))
+	cmd, out := start(t, "python3", "-c", `
+import os, threading
+def work():
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    print(flush=True)
+    while True: pass
+t = threading.Thread(target=work)
+t.start()
+t.join()`)
+	if _, err := out.ReadString('\n'); err != nil {
+		t.Fatal(err)
+	}
+	var tids []os.DirEntry
+	until(t, "both threads", func() bool {
+		tids, _ = os.ReadDir(fmt.Sprintf("/proc/%d/task", cmd.Process.Pid))
+		return len(tids) == 2
+	})
+	tid, err := strconv.Atoi(tids[1].Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	cpus.Zero()
+	cpus.Set(cpu)
+	if err := unix.SchedSetaffinity(tid, &cpus); err != nil {
+		t.Fatal(err)
+	}
+	r, err := NewRest(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	for range 30 {
+		if r.Look() == AtRest {
+			t.Fatal("at rest, with a thread that waits for the processor")
+		}
+		time.Sleep(10 * time.Millisecond)
 	}
 }
 

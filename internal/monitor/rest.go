@@ -17,8 +17,8 @@ const (
 	// Busy: it (or a process below it) runs, waits for the disk, or used CPU
 	// time since the last look. The first look never says more than this.
 	Busy Look = iota
-	// AtRest: every process of the tree sleeps and has used next to no CPU
-	// time since the last look: it has done what it does at its start.
+	// AtRest: every thread of the tree sleeps, and no process has used more than
+	// next to no CPU time since the last look: it has done what it does at its start.
 	AtRest
 	// Gone: it ended (a zombie has).
 	Gone
@@ -29,7 +29,7 @@ const maxTree = 64
 
 // Rest looks again and again at a program that was just started, to tell
 // soon and without a fixed wait whether it came to rest or died. A look costs
-// some tens of microseconds; 5 to 20 ms between looks is a good rhythm. Not
+// about ten microseconds a thread; 5 to 20 ms between looks is a good rhythm. Not
 // safe for use by several goroutines.
 type Rest struct {
 	pid   int
@@ -73,13 +73,15 @@ func (r *Rest) Look() Look {
 			busy = true // ended while we looked: things are moving
 			continue
 		}
-		busy = busy || st.state == 'R' || st.state == 'D'
+		busy = busy || working(st)
 		c, ok := cpuTime(tree[i])
 		if !ok {
 			c = time.Duration(st.ticks) * tick
 		}
 		cpu += c
-		tree = r.children(tree, tree[i])
+		var works bool
+		tree, works = r.threads(tree, tree[i])
+		busy = busy || works
 	}
 	// Timers and the like are no start-up: up to 2 % of a core is rest.
 	used, span := cpu-r.cpu, now-r.at
@@ -93,34 +95,45 @@ func (r *Rest) Look() Look {
 	return AtRest
 }
 
-// children appends the children of all threads of pid. A kernel without
-// CONFIG_PROC_CHILDREN shows none, and the program alone is judged.
-func (r *Rest) children(tree []int, pid int) []int {
+// working: it runs, waits for its turn, or for the disk.
+func working(st stat) bool { return st.state == 'R' || st.state == 'D' }
+
+// threads appends the children of all threads of pid, and says whether any of
+// the threads works: on a busy machine it may wait long for its turn and use no
+// CPU time, while the first thread sleeps. A kernel without
+// CONFIG_PROC_CHILDREN shows no children, and the program alone is judged.
+func (r *Rest) threads(tree []int, pid int) (_ []int, works bool) {
 	dir := "/proc/" + strconv.Itoa(pid) + "/task"
 	d, err := os.Open(dir)
 	if err != nil {
-		return tree
+		return tree, false
 	}
 	defer d.Close()
 	tids, err := d.Readdirnames(maxTree)
 	if err != nil {
-		return tree
+		return tree, false
 	}
 	var buf [1024]byte
 	for _, tid := range tids {
-		path := append([]byte(dir[len("/proc/"):]), '/')
-		path = append(append(path, tid...), "/children\x00"...)
-		n, errno := readAt(r.s.proc, path, buf[:])
-		if errno != 0 {
-			continue
+		file := func(name string) []byte {
+			path := append([]byte(dir[len("/proc/"):]), '/')
+			path = append(append(path, tid...), name...)
+			n, errno := readAt(r.s.proc, path, buf[:])
+			if errno != 0 {
+				return nil
+			}
+			return buf[:n]
 		}
-		for word := range bytes.FieldsSeq(buf[:n]) {
+		if st, ok := parseStat(file("/stat\x00")); ok {
+			works = works || working(st)
+		}
+		for word := range bytes.FieldsSeq(file("/children\x00")) {
 			if child, ok := number(word); ok && len(tree) < maxTree {
 				tree = append(tree, int(child))
 			}
 		}
 	}
-	return tree
+	return tree, works
 }
 
 // cpuTime is the CPU time of a whole process in nanoseconds, where stat has
